@@ -1,0 +1,35 @@
+# `make` needs python3 (3.11 or later) with venv, and brings everything else itself.
+PYTHON ?= python3
+UV := .make/uv/bin/uv
+export UV_PYTHON := $(shell command -v $(PYTHON))
+export UV_PYTHON_DOWNLOADS := never
+
+.PHONY: demo test check bench format
+
+demo: $(UV)
+	@$(UV) sync --quiet --locked --no-default-groups --extra demo
+	@$(UV) run --quiet --no-sync infermill demo
+
+test: .venv/installed
+	$(UV) run --no-sync pytest
+
+check: .venv/installed
+	$(UV) run --no-sync ruff format --check
+	$(UV) run --no-sync ruff check
+	$(UV) run --no-sync mypy
+
+bench: .venv/installed
+	$(UV) run --no-sync python benchmarks/bench_pipeline.py
+	$(UV) run --no-sync python benchmarks/bench_plan.py
+
+format: .venv/installed
+	$(UV) run --no-sync ruff format
+	$(UV) run --no-sync ruff check --fix
+
+.venv/installed: $(UV) uv.lock
+	$(UV) sync --locked --all-extras
+	@touch $@
+
+$(UV):
+	$(PYTHON) -m venv .make/uv
+	.make/uv/bin/pip install --quiet uv==0.13.9

@@ -1,0 +1,1 @@
+"""The model: its card, its network, and the graph that the runtimes execute."""

@@ -1,0 +1,183 @@
+"""The model card: everything that a prediction depends on, in one file."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infermill.errors import ModelError
+from infermill.types import Task
+
+Activation = Literal["softmax", "sigmoid", "none"]
+Color = Literal["RGB", "BGR"]
+Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+Pixels = Annotated[int, Field(ge=1, le=65_535)]
+HeightWidth = tuple[Pixels, Pixels]
+PerChannel = tuple[float, float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Files(_Strict):
+    """The files of the network, relative to the card, absolute, or URIs."""
+
+    onnx: str = Field(description="The network as ONNX.")
+
+
+class Input(_Strict):
+    """The network's input tensor."""
+
+    name: str | None = Field(None, description="Its name; needed where the network has several inputs.")
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    dtype: Literal["float32", "float16", "uint8"] = "float32"
+
+
+class Resize(_Strict):
+    """How the image is resized: `shorter` keeps the aspect ratio, `exact` does not. Filters are Pillow's, antialiased."""
+
+    shorter: Pixels | None = Field(None, description="Length of the shorter side, in pixels.")
+    exact: HeightWidth | None = Field(None, description="[height, width], in pixels.")
+    filter: Filter = "bilinear"
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Resize":
+        if (self.shorter is None) == (self.exact is None):
+            raise ValueError("give either `shorter` or `exact`")
+        return self
+
+
+class Crop(_Strict):
+    """What is cut out of the resized image; where the image is smaller, the border is black."""
+
+    center: HeightWidth = Field(description="[height, width], in pixels.")
+
+
+class Preprocess(_Strict):
+    """From the upright RGB image to the network's input: resize, crop, then `(x · scale - mean) / std`."""
+
+    color: Color = "RGB"
+    resize: Resize | None = None
+    crop: Crop | None = None
+    scale: float = 1.0
+    mean: PerChannel = (0.0, 0.0, 0.0)
+    std: PerChannel = (1.0, 1.0, 1.0)
+
+    @model_validator(mode="after")
+    def _nonzero_std(self) -> "Preprocess":
+        if 0.0 in self.std:
+            raise ValueError("`std` must not be 0")
+        return self
+
+    @property
+    def height_width(self) -> HeightWidth | None:
+        """The size of the array that preprocessing makes; None where it depends on the image."""
+        if self.crop is not None:
+            return self.crop.center
+        return self.resize.exact if self.resize is not None else None
+
+
+class Output(_Strict):
+    """The network's output tensor, and what is made of it."""
+
+    name: str | None = Field(None, description="Its name; the first output where it is not given.")
+    activation: Activation = Field("none", description="Applied to the output: `none` where the network ends in it.")
+    top_k: Annotated[int, Field(ge=1)] = 5
+
+
+class ModelCard(_Strict):
+    """A network, and how to use it.
+
+    Example:
+        >>> card = ModelCard.model_validate({"name": "tiny", "files": {"onnx": "tiny.onnx"}})
+        >>> card.task
+        'classification'
+    """
+
+    name: str
+    files: Files
+    task: Task = "classification"
+    input: Input = Input()
+    preprocess: Preprocess = Preprocess()
+    output: Output = Output()
+    labels: str | tuple[str, ...] | None = Field(None, description="A file of one label a line, or a list.")
+    classes: Annotated[int, Field(ge=1)] | None = Field(None, description="How many classes the network must have.")
+
+
+def parse_card(data: Any, where: str) -> ModelCard:
+    """Check the content of a card.
+
+    Raises:
+        ModelError: a field is unknown (the nearest one is named) or has a wrong value.
+    """
+    if not isinstance(data, dict):
+        raise ModelError(f"{where} is not a model card", "a card is YAML with at least `name:` and `files:`")
+    try:
+        return ModelCard.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise ModelError(f"{where}: unknown field `{field}`", _nearest(problem["loc"])) from None
+        raise ModelError(f"{where}: `{field}`: {problem['msg']}", "see docs/model-card.md for every field") from None
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    parent = ".".join(str(part) for part in loc[:-1])
+    known = sorted(path for path in _fields(ModelCard) if path.rpartition(".")[0] == parent)
+    everywhere = {path.rpartition(".")[2]: path for path in _fields(ModelCard)}
+    name = str(loc[-1])
+    for match in difflib.get_close_matches(name, [path.rpartition(".")[2] for path in known], n=1):
+        return f"did you mean `{parent}.{match}`?" if parent else f"did you mean `{match}`?"
+    for match in difflib.get_close_matches(name, everywhere, n=1):
+        return f"did you mean `{everywhere[match]}`?"
+    return f"known fields here: {', '.join(path.rpartition('.')[2] for path in known)}"
+
+
+def _fields(card: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in card.model_fields.items():
+        yield prefix + name
+        for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, _Strict):
+                yield from _fields(kind, f"{prefix}{name}.")
+
+
+def read_card(path: Path) -> ModelCard:
+    """Read a card from a local YAML file of at most 1 MiB."""
+    if path.stat().st_size > 1 << 20:
+        raise ModelError(f"{path} is larger than 1 MiB", "a model card is a short YAML file; pass the network as .onnx")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path} is not YAML: {reason}", "see docs/model-card.md for an example") from None
+    return parse_card(data, str(path))
+
+
+def write_card(card: ModelCard) -> str:
+    """The card as YAML, without the fields that keep their default."""
+    data = card.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def card_schema() -> dict[str, Any]:
+    """The JSON Schema of a card (draft 2020-12), as published in docs/model-card.schema.json."""
+    schema = ModelCard.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "infermill model card", **schema}
+
+
+def digest_of(card: ModelCard, labels: tuple[str, ...] | None, files: dict[str, Path]) -> str:
+    """`sha256:…` over everything that predictions depend on: the card less its name and paths, the labels and
+    the bytes of `files` (name in the model -> local file)."""
+    content = card.model_dump(mode="json", exclude={"name", "files", "labels", "classes"})
+    digest = hashlib.sha256(json.dumps([content, labels], sort_keys=True).encode())
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
+            digest.update(f"\0{name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
