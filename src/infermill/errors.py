@@ -1,15 +1,14 @@
 """What can go wrong, as a small tree.
 
-    InfermillError              exit 1; message, and a hint that says what to do next
-    ├── UsageError              exit 2; the command or a setting cannot be right
-    │   ├── ModelError          the model card, or the network that it names
-    │   └── JobMismatchError    the output holds another job
-    ├── SourceError             the source cannot be listed, or holds nothing
-    ├── StoreError              a store refuses or does not answer; the job stops and can be resumed
-    └── BudgetError             exit 3; the job is done, with more failures than `max_failures` allows
+InfermillError              exit 1; message, and a hint that says what to do next
+├── UsageError              exit 2; the command or a setting cannot be right
+│   ├── ModelError          the model card, or the network that it names
+│   └── JobMismatchError    the output holds another job
+├── SourceError             the source cannot be listed, or holds nothing
+└── StoreError              a store refuses or does not answer; the job stops and can be resumed
 
-    BadInputError               one input cannot be predicted: caught at one place in the
-                                pipeline, where it becomes a failure row; never seen by a user
+BadInputError               one input cannot be predicted: caught at one place in the
+                            pipeline, where it becomes a failure row; never seen by a user
 """
 
 from infermill.types import Failure, FailureCode, Stage
@@ -49,12 +48,6 @@ class SourceError(InfermillError):
 
 class StoreError(InfermillError):
     """A store refuses or does not answer. What is finished stays, and the job can be resumed."""
-
-
-class BudgetError(InfermillError):
-    """The job is done, with more failures than its budget."""
-
-    exit_code = 3
 
 
 class BadInputError(Exception):

@@ -1,12 +1,14 @@
 """Where a URI leads: an object store and a path in it, with errors that say what to do."""
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+import obstore
+from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from infermill.errors import InfermillError, SourceError, StoreError, UsageError
@@ -15,9 +17,19 @@ from infermill.types import StoreOptions
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from _typeshed import WriteableBuffer
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-REMOTE_SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+REMOTE_SCHEMES = {
+    "s3": "s3",
+    "s3a": "s3",
+    "s3n": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "az": "az",
+    "abfs": "az",
+    "abfss": "az",
+}
 STORE_ERRORS = (BaseError, OSError)
 
 
@@ -66,7 +78,8 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     bucket, _, path = rest.partition("/")
     if not bucket:
         raise UsageError(f"{text!r} names no bucket", f"write {scheme}://BUCKET/PREFIX")
-    return Location(REMOTE_SCHEMES[scheme], f"{scheme}://{bucket}", path)
+    scheme = REMOTE_SCHEMES[scheme]
+    return Location(scheme, f"{scheme}://{bucket}", path)
 
 
 def _slash(text: str) -> str:
@@ -131,6 +144,70 @@ def _boto3_credentials(options: StoreOptions) -> Any:
         ) from None
 
 
+class _ObjectReader(io.RawIOBase):
+    """An object as a seekable file that is read range by range."""
+
+    def __init__(self, store: "ObjectStore", path: str) -> None:
+        self._object = obstore.open_reader(store, path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._object.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._object.tell()
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer).cast("B")
+        data = memoryview(self._object.read(len(view)))
+        view[: len(data)] = data
+        return len(data)
+
+
+def open_reader(location: Location, options: StoreOptions) -> io.BufferedReader:
+    """A file or object, for reading in pieces."""
+    if location.is_local:
+        return Path(location.uri).open("rb")
+    return io.BufferedReader(_ObjectReader(open_store(location, options), location.path), 1 << 20)
+
+
+def is_unnameable(error: Exception) -> bool:
+    """Whether the error says that object_store cannot name a key: control characters, `//`, `.` and `..`."""
+    return isinstance(error, InvalidPathError) or "invalid path" in str(error) or "Could not parse path" in str(error)
+
+
+def is_denied_object(error: Exception) -> bool:
+    """Whether the store denies this one object to credentials that it accepts."""
+    return isinstance(error, PermissionDeniedError) and "<Code>AccessDenied</Code>" in str(error)
+
+
+def open_s3_client(location: Location, options: StoreOptions) -> tuple[str, Any]:
+    """A bucket's name and a boto3 client, for the keys that object_store cannot name.
+
+    Raises:
+        SourceError: boto3 is not installed.
+    """
+    try:
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+    except ImportError:
+        raise SourceError(
+            f"{location.container} holds a key with a control character, `//`, `.` or `..` in it, which needs boto3",
+            "pip install 'infermill[aws]'",
+        ) from None
+    config = Config(retries={"mode": "standard"}, signature_version=UNSIGNED if options.anonymous else None)
+    region = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    session = boto3.Session(profile_name=options.profile, region_name=region)
+    endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return location.container.partition("://")[2], session.client("s3", endpoint_url=endpoint, config=config)
+
+
 def _seconds(count: float) -> "timedelta":
     from datetime import timedelta
 
@@ -145,12 +222,21 @@ def explain(error: Exception, uri: str) -> InfermillError:
         return SourceError(f"there is no bucket at {uri}", "check the bucket's name, and --endpoint-url or --region")
     if isinstance(error, FileNotFoundError):
         return SourceError(f"{uri} does not exist", "check the path")
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or "SignatureDoesNotMatch" in text:
-        where = "check its permissions" if "://" not in uri else "check the credentials (--profile, AWS_ACCESS_KEY_ID), or pass --anonymous"
+    if (
+        isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
+        or "SignatureDoesNotMatch" in text
+    ):
+        where = (
+            "check its permissions"
+            if "://" not in uri
+            else "check the credentials (--profile, AWS_ACCESS_KEY_ID), or pass --anonymous"
+        )
         return StoreError(f"access to {uri} is denied", f"{where}; the store said: {detail}" if "://" in uri else where)
     if isinstance(error, OSError):
         return StoreError(f"{uri}: {error.strerror or error}", "check the path and the disk")
-    return StoreError(f"{uri} does not answer: {detail}", "check the network and --endpoint-url, then run the same command again")
+    return StoreError(
+        f"{uri} does not answer: {detail}", "check the network and --endpoint-url, then run the same command again"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -39,7 +39,7 @@ class Failure:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
     """How object stores are reached; what is None comes from the environment."""
 
@@ -51,6 +51,78 @@ class StoreOptions:
     "AWS profile, SSO included (needs boto3: the extra `aws`)."
     region: str | None = None
     "AWS region."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(StoreOptions):
+    """How a job is run; every field is a flag of the command line with the same name.
+
+    `suffix`, `limit`, `decode` and `max_pixels` change what is predicted, and belong to the fingerprint of the job.
+    """
+
+    suffix: tuple[str, ...] | None = None
+    "Take only keys that end so; repeat it for several, '' for all. [default: the image formats]"
+    limit: int | None = None
+    "Take only the first N objects of the listing."
+    runtime: RuntimeName = "openvino"
+    "The library that executes the network."
+    decode: DecodeProfile = "exact"
+    "`exact`: pixel for pixel what Pillow gives. `fast`: DCT scaling and a SIMD resizer."
+    threads: int | None = None
+    "Threads of the network. [default: one a core]"
+    decode_threads: int | None = None
+    "Threads that decode. [default: one a core]"
+    max_pixels: int = 178_956_970
+    "Images with more pixels than this are failures, told before they are decoded."
+    max_failures: str | None = None
+    "Budget of failures, as a number or in percent (1%); a job that exceeds it ends with exit code 3."
+    partition_objects: int = 512
+    "Objects a partition, at most."
+    partition_bytes: int = 64 << 20
+    "Bytes of input a partition, at most."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardOptions:
+    """What a model card would say, for a bare `.onnx`; what is given here also overrides a card."""
+
+    task: Task | None = None
+    "What the network does. [default: guessed from its output]"
+    labels: str | None = None
+    "A file of one label a line."
+    classes: int | None = None
+    "How many classes the network must have."
+    shorter: int | None = None
+    "Resize the shorter side to so many pixels."
+    exact: tuple[int, int] | None = None
+    "Resize to this height and width."
+    filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = None
+    "Resize with this filter of Pillow's."
+    crop: tuple[int, int] | None = None
+    "Cut this height and width out of the centre."
+    color: Literal["RGB", "BGR"] | None = None
+    "Order of the colours that the network was trained with."
+    scale: float | None = None
+    "Factor for the pixels 0..255, before mean and std."
+    mean: tuple[float, float, float] | None = None
+    "Subtracted from the scaled pixels."
+    std: tuple[float, float, float] | None = None
+    "Divides the scaled pixels less the mean."
+    layout: Literal["NCHW", "NHWC"] | None = None
+    "Layout of the network's input."
+    activation: Literal["softmax", "sigmoid", "none"] | None = None
+    "Applied to the network's output."
+    top_k: int | None = None
+    "How many classes are kept."
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What to predict on. `root` is what keys are relative to: a folder, or `s3://bucket`."""
+
+    root: str
+    keys_are_uris: bool = False
+    "The keys of a manifest are URIs or paths as they were written; only relative paths hang below `root`."
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Input(_Strict):
 
 
 class Resize(_Strict):
-    """How the image is resized: `shorter` keeps the aspect ratio, `exact` does not. Filters are Pillow's, antialiased."""
+    """How the image is resized, with Pillow's antialiased filters: `shorter` keeps the aspect ratio, `exact` does not."""
 
     shorter: Pixels | None = Field(None, description="Length of the shorter side, in pixels.")
     exact: HeightWidth | None = Field(None, description="[height, width], in pixels.")

@@ -1,0 +1,95 @@
+"""ResNet-18 with seeded random weights: the real architecture and cost, without a download.
+
+    python benchmarks/resnet18.py resnet18.onnx
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
+
+
+class _Builder:
+    """Collects nodes and weights; each method appends one layer and returns the name of its output."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+
+    def node(self, op: str, name: str, *inputs: str, **attributes: int | float | list[int]) -> str:
+        self.nodes.append(helper.make_node(op, list(inputs), [name], name, **attributes))
+        return name
+
+    def weight(self, name: str, values: NDArray[np.floating]) -> str:
+        self.weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        return name
+
+    def conv(self, name: str, source: str, shape: tuple[int, int, int], stride: int) -> str:
+        """A convolution of shape (out, in, kernel) without bias, and its BatchNormalization."""
+        out_channels, in_channels, kernel = shape
+        he_std = np.sqrt(2.0 / (in_channels * kernel * kernel))
+        values = self.random.normal(0.0, he_std, (out_channels, in_channels, kernel, kernel))
+        weight = self.weight(f"{name}_weight", values)
+        pads, strides = [kernel // 2] * 4, [stride, stride]
+        convolved = self.node(
+            "Conv", f"{name}_conv", source, weight, kernel_shape=[kernel, kernel], pads=pads, strides=strides
+        )
+        statistics = [
+            self.weight(f"{name}_gamma", self.random.uniform(0.5, 1.0, out_channels)),
+            self.weight(f"{name}_beta", self.random.normal(0.0, 0.1, out_channels)),
+            self.weight(f"{name}_mean", self.random.normal(0.0, 0.1, out_channels)),
+            self.weight(f"{name}_var", self.random.uniform(0.5, 1.5, out_channels)),
+        ]
+        return self.node("BatchNormalization", name, convolved, *statistics, epsilon=1e-5)
+
+    def block(self, name: str, source: str, channels: tuple[int, int], stride: int) -> str:
+        """Two 3x3 convolutions with a shortcut, of (in, out) channels."""
+        inside, out = channels
+        first = self.conv(f"{name}_1", source, (out, inside, 3), stride)
+        second = self.conv(f"{name}_2", self.node("Relu", f"{name}_relu1", first), (out, out, 3), 1)
+        shortcut = source if inside == out else self.conv(f"{name}_down", source, (out, inside, 1), stride)
+        return self.node("Relu", f"{name}_out", self.node("Add", f"{name}_add", second, shortcut))
+
+
+def resnet18(path: Path, seed: int = 0) -> Path:
+    """Write ResNet-18 (He et al. 2015, https://arxiv.org/abs/1512.03385) to `path`, 47 MB, opset 17.
+
+    Its input is `data`, float32 [N, 3, 224, 224]; its output is `logits`, float32 [N, 1000]. The same seed makes
+    the same file.
+
+    Example:
+        >>> resnet18(Path("resnet18.onnx"))  # doctest: +SKIP
+        PosixPath('resnet18.onnx')
+    """
+    net = _Builder(seed)
+    stem = net.node("Relu", "stem_relu", net.conv("stem", "data", (64, 3, 7), 2))
+    layer = net.node("MaxPool", "stem_pool", stem, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2])
+    inside = 64
+    for number, (out, stride) in enumerate(STAGES, 1):
+        layer = net.block(f"stage{number}_a", layer, (inside, out), stride)
+        layer = net.block(f"stage{number}_b", layer, (out, out), 1)
+        inside = out
+    pooled = net.node("Flatten", "flat", net.node("GlobalAveragePool", "pool", layer), axis=1)
+    weight = net.weight("fc_weight", net.random.normal(0.0, np.sqrt(1.0 / 512), (1000, 512)))
+    net.node("Gemm", "logits", pooled, weight, net.weight("fc_bias", np.zeros(1000)), transB=1)
+    graph = helper.make_graph(
+        net.nodes,
+        "resnet18",
+        [helper.make_tensor_value_info("data", TensorProto.FLOAT, ["N", 3, 224, 224])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 1000])],
+        net.weights,
+    )
+    opset = helper.make_operatorsetid("", 17)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=8, producer_name="infermill benchmarks")
+    onnx.save(model, path)
+    return path
+
+
+if __name__ == "__main__":
+    print(resnet18(Path(sys.argv[1])))

@@ -1,0 +1,139 @@
+"""The command line: parse, call, print. Results go to standard output, everything else to standard error."""
+
+import dataclasses
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from infermill import __version__
+from infermill.errors import InfermillError, UsageError
+from infermill.types import CardOptions, Options, StoreOptions
+
+app = App(
+    name="infermill",
+    help="Run a trained network over everything in a bucket, a folder or a table, and account for every input.",
+    version=__version__,
+    help_format="rich",
+)
+CARD = Group("Model (for a bare .onnx, or to override the card)", sort_key=2)
+JOB = Group("Job", sort_key=1)
+Model = Annotated[str, Parameter(alias="-m", help="A model card, or a bare .onnx: a path or a URI.")]
+JobFlags = Annotated[Options, Parameter(name="*", group=JOB)]
+CardFlags = Annotated[CardOptions, Parameter(name="*", group=CARD)]
+StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
+Json = Annotated[bool, Parameter(negative=(), help="Print the result as one JSON object.")]
+SOURCE_HELP = "A folder, file, glob, manifest (.txt, .parquet, or - for standard input), or an s3://, gs://, az:// URI."
+Source = Annotated[str, Parameter(help=SOURCE_HELP)]
+NO_OPTIONS = Options()
+NO_STORE_OPTIONS = StoreOptions()
+NO_CARD_OPTIONS = CardOptions()
+INTERRUPTED = 130
+
+
+@app.command
+def run(
+    source: Source,
+    /,
+    *,
+    model: Model,
+    output: Annotated[str, Parameter(alias="-o", help="A folder or URI for the parts; the same job there resumes.")],
+    json: Json = False,
+    options: JobFlags = NO_OPTIONS,
+    card: CardFlags = NO_CARD_OPTIONS,
+) -> int:
+    """Predict everything in SOURCE: one row for every object, a prediction or a failure."""
+    from infermill import job, report
+    from infermill.progress import show_progress
+
+    summary = job.run(source, model, output, options, card, show_progress)
+    print(jsonlib.dumps(summary.as_json(), ensure_ascii=False) if json else report.summary_text(summary))
+    if summary.failed > job.parse_budget(options.max_failures)(summary.planned):
+        message = (
+            f"{summary.failed:,} of {summary.planned:,} objects failed, more than --max-failures {options.max_failures}"
+        )
+        report.print_problem(message, "the rows are there, with an error each; see the column `error`")
+        return 3
+    return 0
+
+
+@app.command
+def plan(
+    source: Source,
+    /,
+    *,
+    model: Model,
+    json: Json = False,
+    options: JobFlags = NO_OPTIONS,
+    card: CardFlags = NO_CARD_OPTIONS,
+) -> int:
+    """Count SOURCE and predict a sample of it: how long the job will take, and what will fail. Writes nothing."""
+    from infermill import job, report
+
+    estimate = job.estimate(source, model, options, card)
+    as_json = jsonlib.dumps(dataclasses.asdict(estimate), ensure_ascii=False)
+    print(as_json if json else report.estimate_text(estimate))
+    return 0
+
+
+@app.command
+def inspect(
+    model: Annotated[str, Parameter(help="A network (.onnx) or a model card.")],
+    /,
+    *,
+    write: Annotated[Path | None, Parameter(help="Write the model card to this new file.")] = None,
+    json: Json = False,
+    card: CardFlags = NO_CARD_OPTIONS,
+    store: StoreFlags = NO_STORE_OPTIONS,
+) -> int:
+    """Show a network's inputs and outputs, and the card that infermill would use for it."""
+    from infermill import report
+    from infermill.models.inspection import inspect_model
+
+    inspection = inspect_model(model, store, card, write)
+    print(jsonlib.dumps(inspection.as_json(), ensure_ascii=False) if json else report.inspection_text(inspection))
+    return 0
+
+
+@app.command
+def doctor(*, json: Json = False) -> int:
+    """Show what is installed and usable; every ✗ comes with a hint."""
+    from infermill import report
+    from infermill.doctor import examine
+
+    findings = examine()
+    print(jsonlib.dumps([dataclasses.asdict(one) for one in findings]) if json else report.findings_text(findings))
+    return 0 if all(one.usable or one.optional for one in findings) else 1
+
+
+@app.command
+def demo() -> int:
+    """Classify real photos with a real network, both from installed packages (the extra `demo`)."""
+    from infermill.demo import demo as run_demo
+
+    return run_demo()
+
+
+def main() -> None:
+    """Run the command line, and exit: 0 done, 1 failed, 2 bad usage, 3 over the failure budget, 130 interrupted."""
+    try:
+        code = app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        code = _complain(UsageError(str(error), "infermill COMMAND --help shows every flag"))
+    except InfermillError as error:
+        code = _complain(error)
+    except KeyboardInterrupt:
+        code = _complain(InfermillError("stopped", "finished parts stay; run the same command again to resume"))
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = 1
+    sys.exit(code)
+
+
+def _complain(error: InfermillError) -> int:
+    from infermill.report import print_problem
+
+    print_problem(error.message, error.hint)
+    return error.exit_code

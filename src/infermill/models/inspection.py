@@ -1,0 +1,74 @@
+"""What `infermill inspect` finds out about a model."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from infermill.errors import ModelError, UsageError
+from infermill.models.card import ModelCard, write_card
+from infermill.models.model import beside, network_of, open_card
+from infermill.models.onnx import NetworkInfo, check_network, inspect_network
+from infermill.stores import Location
+from infermill.types import CardOptions, StoreOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A network's tensors, and the card for it; `problem` says why that card cannot be used as it is."""
+
+    network: NetworkInfo
+    card_yaml: str
+    assumptions: tuple[str, ...]
+    problem: str | None
+    written: Path | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The inspection as plain JSON types."""
+        return asdict(self) | {"written": str(self.written) if self.written else None}
+
+
+def inspect_model(model: str, store: StoreOptions, card: CardOptions, write: Path | None) -> Inspection:
+    """Look at a network or a card, and write the card to a new file where one is named.
+
+    Raises:
+        ModelError: the network cannot be read, or does not fit the card.
+        UsageError: the file to write is there already.
+    """
+    opened, base, assumptions = open_card(model, store, card)
+    path = network_of(opened, base, store)
+    network = inspect_network(path)
+    text = write_card(_beside_card(opened, base, write))
+    problem = None
+    try:
+        check_network(opened, None, network)
+    except ModelError as error:
+        problem = f"{error.message}; {error.hint}"
+    if write is not None:
+        _write_new(write, text)
+    return Inspection(network, text, assumptions, problem, write)
+
+
+def _beside_card(card: ModelCard, base: Location, write: Path | None) -> ModelCard:
+    """The card with paths that hold where it is written."""
+    folder = (write or Path("model.yaml")).absolute().parent
+
+    def moved(name: str) -> str:
+        place = beside(base, name)
+        if not place.is_local:
+            return place.uri
+        return os.path.relpath(place.uri, folder)
+
+    labels = moved(card.labels) if isinstance(card.labels, str) else card.labels
+    files = card.files.model_copy(update={"onnx": moved(card.files.onnx)})
+    return card.model_copy(update={"files": files, "labels": labels})
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already", "name a new file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "name a file in a folder that can be written") from None

@@ -1,0 +1,149 @@
+"""Object refs -> numbered partitions, as immutable Parquet files with one row group a partition."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infermill.types import ObjectRef
+
+PARTITIONS_PER_FILE = 64
+# Partitions double in size every 1,000, so that 10,000 of them hold half a billion objects, without
+# knowing the length of the listing in advance.
+DOUBLE_EVERY = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInfo:
+    """The figures of a plan. `sha256` is over its files; `size_bytes` counts the objects whose size is known."""
+
+    plan_id: str
+    partitions: int
+    objects: int
+    size_bytes: int
+    sha256: str
+
+
+def cut(batches: Iterable[pa.RecordBatch], max_objects: int, max_bytes: int, limit: int | None) -> Iterator[pa.Table]:
+    """Cut a listing into partitions; memory is that of one partition and one batch.
+
+    Args:
+        batches: the columns key, size (-1: unknown) and etag.
+        max_objects: objects of a partition, at most; doubled every 1,000 partitions.
+        max_bytes: bytes of a partition, at most (one larger object is a partition by itself); doubled likewise.
+        limit: take only the first objects.
+
+    Example:
+        >>> refs = pa.record_batch({"key": ["a", "b", "c"], "size": [1, 1, 1], "etag": ["", "", ""]})
+        >>> [table.num_rows for table in cut([refs], 2, 1000, None)]
+        [2, 1]
+    """
+    number = 0
+    pending = pa.table({})
+    for batch in _first(batches, limit):
+        pending = pa.concat_tables([pending, pa.Table.from_batches([batch])]) if pending.num_rows else pa.table(batch)
+        while True:
+            growth = 1 << min(number // DOUBLE_EVERY, 40)
+            end = _end_of_partition(pending, max_objects * growth, max_bytes * growth)
+            if end is None:
+                break
+            yield pending.slice(0, end).combine_chunks()
+            pending = pending.slice(end)
+            number += 1
+    if pending.num_rows:
+        yield pending.combine_chunks()
+
+
+def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
+    left = limit
+    for batch in batches:
+        if left is not None:
+            batch = batch.slice(0, left)  # noqa: PLW2901
+            left -= batch.num_rows
+        if batch.num_rows:
+            yield batch
+        if left == 0:
+            return
+
+
+def _end_of_partition(refs: pa.Table, max_objects: int, max_bytes: int) -> int | None:
+    """Where the first partition of `refs` ends, or None while the listing may still add to it."""
+    head = refs.slice(0, max_objects + 1)
+    sizes = np.maximum(head["size"].to_numpy(), 0)
+    fitting = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))
+    end = min(max(fitting, 1), max_objects)
+    return end if end < refs.num_rows else None
+
+
+def write_plan(partitions: Iterable[pa.Table], plan_id: str, create: Callable[[str, bytes], object]) -> PlanInfo:
+    """Number the partitions and create the files of the plan.
+
+    Args:
+        partitions: tables with the columns key, size and etag, as `cut` makes them.
+        plan_id: names the plan, so that two drivers that plan at once do not mix.
+        create: called with the name and the content of each file.
+    """
+    digest = hashlib.sha256()
+    count = objects = size_bytes = 0
+    sink = pa.BufferOutputStream()
+    writer: pq.ParquetWriter | None = None
+    for table in partitions:
+        if writer is None:
+            writer = pq.ParquetWriter(sink, table.schema, compression="zstd", write_statistics=False)
+        writer.write_table(table, row_group_size=table.num_rows)
+        count += 1
+        objects += table.num_rows
+        size_bytes += known_bytes(table)
+        if count % PARTITIONS_PER_FILE == 0:
+            _finish(writer, sink, _file_name(plan_id, count - 1), digest.update, create)
+            writer, sink = None, pa.BufferOutputStream()
+    if writer is not None:
+        _finish(writer, sink, _file_name(plan_id, count - 1), digest.update, create)
+    return PlanInfo(plan_id, count, objects, size_bytes, digest.hexdigest())
+
+
+def known_bytes(refs: pa.Table) -> int:
+    """The bytes of the objects whose size is known."""
+    return int(np.maximum(refs["size"].to_numpy(), 0).sum())
+
+
+def _finish(
+    writer: pq.ParquetWriter,
+    sink: pa.BufferOutputStream,
+    name: str,
+    update: Callable[[bytes], None],
+    create: Callable[[str, bytes], object],
+) -> None:
+    writer.close()
+    content = sink.getvalue().to_pybytes()
+    update(content)
+    create(name, content)
+
+
+def _file_name(plan_id: str, partition: int) -> str:
+    return f"{plan_id}-{partition // PARTITIONS_PER_FILE:05d}.parquet"
+
+
+def partition_reader(plan_id: str, read: Callable[[str], bytes]) -> Callable[[int], list[ObjectRef]]:
+    """A function from a partition's number to its refs; it keeps the plan file that it read last.
+
+    Args:
+        plan_id: as in `PlanInfo`.
+        read: the content of a plan file by its name.
+    """
+
+    @lru_cache(maxsize=1)
+    def open_file(name: str) -> pq.ParquetFile:
+        return pq.ParquetFile(pa.BufferReader(read(name)))
+
+    def refs(partition: int) -> list[ObjectRef]:
+        table = open_file(_file_name(plan_id, partition)).read_row_group(partition % PARTITIONS_PER_FILE)
+        return [
+            ObjectRef(*row) for row in zip(*(table[name].to_pylist() for name in ("key", "size", "etag")), strict=True)
+        ]
+
+    return refs

@@ -1,0 +1,134 @@
+"""The network in memory: `load_model(card) -> predict`."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from infermill.decode.image import image_decoder, prepare, prepare_array
+from infermill.errors import BadInputError
+from infermill.meter import Meter
+from infermill.models.card import ModelCard
+from infermill.models.model import open_model
+from infermill.types import CardOptions, Failure, Options
+from infermill.worker import load_predictor, usable_cores
+
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8]
+Predict: TypeAlias = Callable[[Sequence[ImageInput]], "list[Prediction]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One of the best classes; `label` is None where the model has no labels."""
+
+    index: int
+    label: str | None
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the network says of one input: one of `top`, `embedding` and `outputs` by task, or `error`."""
+
+    top: tuple[Label, ...] | None = None
+    embedding: NDArray[np.float32] | None = None
+    outputs: dict[str, NDArray[np.generic]] | None = None
+    error: Failure | None = None
+
+
+def load_model(
+    model: str | os.PathLike[str] | ModelCard,
+    options: Options | None = None,
+    card_options: CardOptions | None = None,
+) -> Predict:
+    """Load a network, and return the function that predicts with it.
+
+    Args:
+        model: a model card, as a path, a URI or an object, or a bare `.onnx`.
+        options: runtime, decode profile, threads and how stores are reached.
+        card_options: what the model card does not say, or says otherwise.
+
+    Returns:
+        A function from a list of paths, encoded images, PIL images or uint8 arrays (HWC RGB, or HW grey), to a
+        list of as many predictions in the same order. An input that cannot be predicted has its `error` set.
+
+    Raises:
+        ModelError: the card or the network is wrong.
+
+    Example:
+        >>> predict = load_model("model.yaml")  # doctest: +SKIP
+        >>> predict(["cat.jpg"])[0].top[0].label  # doctest: +SKIP
+        'Egyptian cat'
+    """
+    options = options or Options()
+    resolved = open_model(model, options, card_options)
+    predictor, tasks = load_predictor(resolved, options, Meter())
+    decode = image_decoder(resolved.card.preprocess, options.decode, options.max_pixels)
+
+    def to_array(image: ImageInput) -> NDArray[np.uint8] | Failure:
+        try:
+            if isinstance(image, bytes):
+                return decode(image)
+            if isinstance(image, PIL.Image.Image):
+                return prepare(image, resolved.card.preprocess)
+            if isinstance(image, np.ndarray):
+                return prepare_array(image, resolved.card.preprocess)
+            return decode(_read(Path(image)))
+        except BadInputError as error:
+            return error.failure
+
+    def predict(images: Sequence[ImageInput]) -> list[Prediction]:
+        with ThreadPoolExecutor(options.decode_threads or usable_cores()) as pool:
+            arrays = pool.map(to_array, images)
+            return [one for batch in _batches(arrays, predictor.batch_size) for one in predict_batch(batch)]
+
+    def predict_batch(batch: list[NDArray[np.uint8] | Failure]) -> Iterator[Prediction]:
+        good = [array for array in batch if not isinstance(array, Failure)]
+        rows = iter(())  # type: Iterator[Prediction]
+        if good:
+            values, finite = tasks.finish(predictor(np.stack(good)))
+            rows = _predictions(tasks.columns(values, finite), finite)
+        for array in batch:
+            yield Prediction(error=array) if isinstance(array, Failure) else next(rows)
+
+    return predict
+
+
+def _batches(arrays: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(arrays, size)):
+        yield batch
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BadInputError("fetch", "missing", f"{path} does not exist") from None
+    except OSError as error:
+        raise BadInputError("fetch", "unreadable", f"{path}: {error.strerror}") from None
+
+
+def _predictions(columns: dict[str, Any], finite: NDArray[np.bool_]) -> Iterator[Prediction]:
+    for row, is_finite in enumerate(finite):
+        if not is_finite:
+            yield Prediction(error=Failure("predict", "nonfinite", "the network answered NaN or infinity"))
+        elif "top" in columns:
+            yield Prediction(top=tuple(Label(**one) for one in columns["top"][row].as_py()))
+        elif "embedding" in columns:
+            yield Prediction(embedding=columns["embedding"][row].values.to_numpy())
+        else:
+            outputs = columns["outputs"][row]
+            shapes = {field.name: field.metadata[b"shape"] for field in outputs.type}
+            yield Prediction(
+                outputs={
+                    name: values.values.to_numpy().reshape([int(n) for n in shapes[name].split(b",") if n])
+                    for name, values in outputs.items()
+                }
+            )

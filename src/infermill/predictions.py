@@ -1,0 +1,127 @@
+"""The tasks: what a network's arrays mean, and the column that they become.
+
+Each task has the same two verbs and no ancestor: `finish` turns the arrays of a batch into arrays that are kept
+per row, with a mask of the rows that are finite; `columns` turns the kept rows of a partition into Arrow.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from infermill.models.model import Model
+from infermill.runtimes import Predictor
+
+Arrays = tuple[NDArray[np.generic], ...]
+TOP_TYPE = pa.list_(pa.struct([("index", pa.int32()), ("label", pa.string()), ("score", pa.float32())]))
+
+
+class Classification:
+    """`top`: the k best classes, best first."""
+
+    def __init__(self, model: Model) -> None:
+        self._activation = model.card.output.activation
+        self._top_k = model.card.output.top_k
+        self._labels = pa.array(model.labels, pa.string()) if model.labels else None
+        self.schema = pa.schema([("top", TOP_TYPE)])
+
+    def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
+        logits = outputs[0].reshape(len(outputs[0]), -1).astype(np.float32, copy=False)
+        finite = np.isfinite(logits).all(axis=1)
+        scores = activate(np.where(finite[:, None], logits, 0), self._activation)
+        k = min(self._top_k, scores.shape[1])
+        best = np.argpartition(scores, -k, axis=1)[:, -k:]
+        rows = np.arange(len(scores))[:, None]
+        # Ties go to the lower index, so that equal scores come out in the same order everywhere.
+        order = np.lexsort((best, -scores[rows, best]), axis=1)
+        best = best[rows, order]
+        return (best.astype(np.int32), scores[rows, best]), finite
+
+    def columns(self, kept: Arrays | None, predicted: NDArray[np.bool_]) -> dict[str, pa.Array]:
+        if kept is None:
+            return {"top": pa.nulls(len(predicted), TOP_TYPE)}
+        index, score = (array[predicted] for array in kept)
+        indices = pa.array(index.ravel(), pa.int32())
+        labels = pa.nulls(len(indices), pa.string()) if self._labels is None else self._labels.take(indices)
+        values = pa.StructArray.from_arrays(
+            [indices, labels, pa.array(score.ravel(), pa.float32())], fields=list(TOP_TYPE.value_type)
+        )
+        return {"top": _lists(TOP_TYPE, values, predicted, index.shape[1])}
+
+
+class Embedding:
+    """`embedding`: the output as it is, flattened."""
+
+    def __init__(self, dimensions: int, activation: str) -> None:
+        self._activation = activation
+        self._type = pa.list_(pa.float32(), dimensions)
+        self.schema = pa.schema([("embedding", self._type)])
+
+    def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
+        vectors = outputs[0].reshape(len(outputs[0]), -1).astype(np.float32, copy=False)
+        finite = np.isfinite(vectors).all(axis=1)
+        return (activate(np.where(finite[:, None], vectors, 0), self._activation),), finite
+
+    def columns(self, kept: Arrays | None, predicted: NDArray[np.bool_]) -> dict[str, pa.Array]:
+        if kept is None:
+            return {"embedding": pa.nulls(len(predicted), self._type)}
+        values = pa.array(kept[0].ravel(), pa.float32())
+        return {"embedding": pa.FixedSizeListArray.from_arrays(values, type=self._type, mask=pa.array(~predicted))}
+
+
+class Raw:
+    """`outputs`: every output of the network, as a struct of lists in row-major order; the shape is in the schema."""
+
+    def __init__(self, names: Sequence[str], examples: Arrays) -> None:
+        self._names = names
+        lists = [pa.list_(pa.from_numpy_dtype(array.dtype), int(np.prod(array.shape[1:]))) for array in examples]
+        shapes = [{"shape": ",".join(map(str, array.shape[1:]))} for array in examples]
+        fields = [pa.field(name, kind, metadata=m) for name, kind, m in zip(names, lists, shapes, strict=True)]
+        self._type = pa.struct(fields)
+        self.schema = pa.schema([("outputs", self._type)])
+
+    def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
+        finite = np.ones(len(outputs[0]), np.bool_)
+        for array in outputs:
+            if np.issubdtype(array.dtype, np.inexact):
+                finite &= np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        return outputs, finite
+
+    def columns(self, kept: Arrays | None, predicted: NDArray[np.bool_]) -> dict[str, pa.Array]:
+        if kept is None:
+            return {"outputs": pa.nulls(len(predicted), self._type)}
+        arrays = [
+            pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), type=field.type)
+            for array, field in zip(kept, self._type, strict=True)
+        ]
+        return {"outputs": pa.StructArray.from_arrays(arrays, fields=list(self._type), mask=pa.array(~predicted))}
+
+
+TaskRows = Classification | Embedding | Raw
+
+
+def rows_for(model: Model, predictor: Predictor) -> TaskRows:
+    """The rows of the model's task; one blank image is predicted to learn the shapes of the outputs."""
+    if model.card.task == "classification":
+        return Classification(model)
+    example = predictor(np.zeros((1, *predictor.input_shape), np.uint8))
+    if model.card.task == "embedding":
+        return Embedding(int(np.prod(example[0].shape[1:])), model.card.output.activation)
+    return Raw(predictor.output_names, example)
+
+
+def activate(values: NDArray[np.float32], activation: str) -> NDArray[np.float32]:
+    """Softmax over the last axis, or the logistic function, in float32."""
+    if activation == "softmax":
+        exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+        return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True), np.float32)
+    if activation == "sigmoid":
+        return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)), np.float32)
+    return values
+
+
+def _lists(kind: pa.DataType, values: pa.Array, present: NDArray[np.bool_], length: int) -> pa.Array:
+    offsets = np.zeros(len(present) + 1, np.int32)
+    np.cumsum(present * length, out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=pa.array(~present))

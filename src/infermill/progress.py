@@ -1,0 +1,125 @@
+"""What a person sees while a job runs: a bar in a terminal, a log line every few seconds elsewhere."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from infermill.meter import Meter
+
+REFRESH_SECONDS = 0.2
+LOG_SECONDS = 5.0
+
+
+@contextmanager
+def show_progress(meter: Meter, objects: int) -> Iterator[None]:
+    """Show a job of so many objects on standard error while the context is open."""
+    if not objects:
+        yield
+        return
+    rates = _Rates(meter)
+    if sys.stderr.isatty():
+        with _bar(meter, objects, rates):
+            yield
+    else:
+        started = time.monotonic()
+
+        def log() -> None:
+            elapsed = time.monotonic() - started
+            rates.update()
+            print(f"{elapsed:6.0f} s  {_line(meter, objects, rates)}", file=sys.stderr, flush=True)
+
+        with _every(LOG_SECONDS, log):
+            yield
+
+
+@contextmanager
+def _bar(meter: Meter, objects: int, rates: "_Rates") -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[line]}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=objects, line="loading the network")
+
+        def refresh() -> None:
+            rates.update()
+            line = _line(meter, objects, rates) if meter.model_loads else "loading the network"
+            progress.update(task, completed=meter.objects, line=line, refresh=True)
+
+        with _every(REFRESH_SECONDS, refresh):
+            yield
+
+
+@contextmanager
+def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    stopping = threading.Event()
+
+    def loop() -> None:
+        while not stopping.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=loop, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
+def _line(meter: Meter, objects: int, rates: "_Rates") -> str:
+    left = objects - meter.objects
+    eta = duration(left / rates.objects_per_second) if rates.objects_per_second else "?"
+    parts = [
+        f"{meter.objects:,}/{objects:,}",
+        f"{meter.size_bytes / 1e6:,.0f} MB",
+        f"{rates.objects_per_second:,.1f}/s",
+        f"ETA {eta}",
+        f"{meter.failures.total():,} failed",
+        f"{rates.bottleneck}-bound" if rates.bottleneck else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3:07`, or `5:03:07`."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours}:{minutes:02d}:{whole % 60:02d}"
+    return f"{minutes}:{whole % 60:02d}" if minutes else f"{whole} s"
+
+
+class _Rates:
+    """The pace over the last few seconds, and the stage that sets it."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._history = [(time.monotonic(), 0, dict(meter.stage_seconds))]
+        self.objects_per_second = 0.0
+        self.bottleneck = ""
+
+    def update(self) -> None:
+        now, stages = time.monotonic(), dict(self._meter.stage_seconds)
+        self._history.append((now, self._meter.objects, stages))
+        while now - self._history[0][0] > 2 * LOG_SECONDS and len(self._history) > 2:
+            self._history.pop(0)
+        then, objects, earlier = self._history[0]
+        self.objects_per_second = (self._meter.objects - objects) / max(now - then, 1e-9)
+        self.bottleneck = bottleneck(
+            {stage: stages[stage] - earlier[stage] for stage in stages}, self._meter.threads, now - then
+        )
+
+
+def bottleneck(busy_seconds: dict[str, float], threads: dict[str, int], seconds: float) -> str:
+    """The stage that the others wait for: predict while its threads are seldom idle, else the busiest other one."""
+    working = busy_seconds["predict"] + busy_seconds["idle"]
+    if not working or not threads:
+        return ""
+    if busy_seconds["idle"] < 0.2 * working:
+        return "predict"
+    others = {stage: busy_seconds[stage] / (count * seconds) for stage, count in threads.items() if stage != "predict"}
+    return max(others, key=lambda stage: others[stage])

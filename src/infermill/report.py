@@ -1,0 +1,127 @@
+"""Results and problems as text for people."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from infermill.progress import duration
+from infermill.types import Summary
+
+if TYPE_CHECKING:
+    from infermill.doctor import Finding
+    from infermill.job import Estimate
+    from infermill.models.inspection import Inspection
+
+
+def print_problem(message: str, hint: str) -> None:
+    """`error: …` and `hint: …` on standard error."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error", "bold red"), f": {_visible(message)}"))
+    if hint:
+        console.print(Text.assemble("\n", ("hint", "bold cyan"), f": {_visible(hint)}"))
+
+
+def summary_text(summary: Summary) -> str:
+    """Totals, failures by code with an example each, seconds by stage, and the output's path last."""
+    lines: list[RenderableType] = [
+        Text.assemble(
+            (f"{summary.planned:,}", "bold"), " objects: ",
+            (f"{summary.ok:,} predicted", "green"), ", ",
+            (f"{summary.failed:,} failed", "red" if summary.failed else ""),
+            f" in {duration(summary.seconds)}",
+            f" ({summary.objects_per_second:,.1f}/s)" if summary.objects_per_second else " (all of it was done before)",
+        )
+    ]  # fmt: skip
+    if summary.failures_by_code:
+        lines += ["", _failures(summary.failures_by_code, summary.example_keys)]
+    if summary.model_loads:
+        stages = (f"{stage} {seconds:,.1f}" for stage, seconds in summary.stage_seconds.items())
+        lines += ["", Text(f"thread-seconds: {' · '.join(stages)}", style="dim")]
+    lines += ["", Text(summary.output)]
+    return _rendered(lines)
+
+
+def _failures(codes: Mapping[str, int], examples: Mapping[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("failure")
+    table.add_column("count", justify="right")
+    table.add_column("for example", overflow="fold")
+    for code, count in codes.items():
+        table.add_row(Text(code, style="red"), f"{count:,}", Text(_visible(examples.get(code, ""))))
+    return table
+
+
+def estimate_text(estimate: "Estimate") -> str:
+    """What a job would be."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    rate = f"{estimate.objects_per_second:,.1f} images/s (probed with {estimate.probed} objects, start-up not counted)"
+    failures = f"about {estimate.expected_failures:,}" if estimate.expected_failures else "none expected"
+    codes = ", ".join(f"{count} {code}" for code, count in estimate.probe_failures.items())
+    for name, value in (
+        ("objects", f"{estimate.objects:,}"),
+        ("input", f"{estimate.size_bytes / 1e6:,.1f} MB"),
+        ("partitions", f"{estimate.partitions:,}"),
+        ("pace", rate),
+        ("ETA", duration(estimate.seconds)),
+        ("failures", f"{failures} ({codes} in the probe)" if codes else failures),
+    ):
+        table.add_row(name, Text(value))
+    return _rendered([table])
+
+
+def inspection_text(inspection: "Inspection") -> str:
+    """A network's tensors, and its card."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("tensor", "name", "type", "shape"):
+        table.add_column(column)
+    for kind, tensors in (("input", inspection.network.inputs), ("output", inspection.network.outputs)):
+        for tensor in tensors:
+            shape = ", ".join("?" if size is None else str(size) for size in tensor.shape or ())
+            table.add_row(kind, Text(tensor.name), tensor.dtype, Text(f"[{shape}]"))
+    lines: list[RenderableType] = [table, ""]
+    lines += [Text(f"assumed: {line}", style="yellow") for line in inspection.assumptions]
+    if inspection.problem:
+        lines.append(Text(f"problem: {inspection.problem}", style="red"))
+    lines += [""] if inspection.assumptions or inspection.problem else []
+    lines.append(Text(f"# {inspection.written or 'model.yaml'}", style="dim"))
+    lines.append(Text(inspection.card_yaml.rstrip()))
+    if inspection.written is None:
+        lines += ["", Text("--write model.yaml keeps this card", style="dim")]
+    return _rendered(lines)
+
+
+def findings_text(findings: "Sequence[Finding]") -> str:
+    """What is installed and usable."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        mark = Text("✓", style="green") if finding.usable else Text("✗", style="yellow" if finding.optional else "red")
+        detail = Text(finding.detail)
+        if finding.hint:
+            detail.append(f"\nhint: {finding.hint}", style="cyan")
+        table.add_row(mark, finding.name, detail)
+    return _rendered([table])
+
+
+def _rendered(lines: Sequence[RenderableType]) -> str:
+    """Coloured only where standard output is a terminal; there, as wide as it is."""
+    is_terminal = sys.stdout.isatty()
+    width = Console().width if is_terminal else 200
+    console = Console(file=StringIO(), force_terminal=is_terminal, width=width, highlight=False)
+    with console.capture() as capture:
+        for line in lines:
+            console.print(line, soft_wrap=isinstance(line, Text))
+    return "\n".join(part.rstrip() for part in capture.get().rstrip().split("\n"))
+
+
+def _visible(text: str) -> str:
+    """Keys may hold anything: control characters, line breaks of a key included, are shown escaped."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )

@@ -1,0 +1,110 @@
+"""What a worker does with its share of a job, whichever engine started it."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from infermill.decode.image import image_decoder
+from infermill.fetch import fetcher
+from infermill.meter import Meter
+from infermill.models.model import Model
+from infermill.output import PLAN_FOLDER, Output, rows_table
+from infermill.pipeline import PartitionRows, Stages, run_pipeline
+from infermill.plan import PlanInfo, partition_reader
+from infermill.predictions import TaskRows, rows_for
+from infermill.runtimes import Predictor, load
+from infermill.types import Options, PartitionReport, Source
+
+FETCH_THREADS = 4
+REMOTE_FETCH_THREADS = 32
+WRITE_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that a worker must know: small, picklable, and the same for every worker."""
+
+    source: Source
+    model: Model
+    output: str
+    options: Options
+    plan: PlanInfo
+
+
+def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
+    """Predict the partitions `ids` in one pipeline, and create their parts.
+
+    Yields:
+        One report per partition, when its part is there.
+
+    Raises:
+        ModelError: the network cannot be loaded.
+        StoreError: the source or the output does not answer; what is finished stays.
+    """
+    output = Output(job.output, job.options)
+    refs = partition_reader(job.plan.plan_id, lambda name: output.read_existing(f"{PLAN_FOLDER}/{name}"))
+    predictor, tasks = load_predictor(job.model, job.options, meter)
+    notes = {"digest": job.model.digest, "runtime": predictor.runtime, "precision": predictor.precision}
+
+    def write(rows: PartitionRows) -> PartitionReport:
+        started = time.perf_counter()
+        report = _report(rows)
+        table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures)
+        report = output.create_part(rows.partition, table, report, notes)
+        meter.spend("write", time.perf_counter() - started)
+        return report
+
+    stages = stages_of(job.source, job.model, predictor, tasks, job.options)
+    finished = run_pipeline(((number, refs(number)) for number in ids), stages, meter)
+    with ThreadPoolExecutor(WRITE_THREADS, "write") as pool:
+        yield from _bounded(pool.submit(write, rows) for rows in finished)
+
+
+def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
+    """Load the network, once per worker."""
+    predictor = load(model, options.runtime, options.threads or usable_cores())
+    meter.model_loads += 1
+    meter.precision = predictor.precision
+    return predictor, rows_for(model, predictor)
+
+
+def stages_of(source: Source, model: Model, predictor: Predictor, tasks: TaskRows, options: Options) -> Stages:
+    """The functions and thread counts of this worker's pipeline."""
+    is_local = source.root.startswith("/") and not source.keys_are_uris
+    return Stages(
+        fetch=fetcher(source, options),
+        decode=image_decoder(model.card.preprocess, options.decode, options.max_pixels),
+        predict=predictor,
+        finish=tasks.finish,
+        fetch_threads=FETCH_THREADS if is_local else REMOTE_FETCH_THREADS,
+        decode_threads=options.decode_threads or usable_cores(),
+        predict_threads=predictor.streams,
+        batch_size=predictor.batch_size,
+    )
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _bounded(writes: Iterable["Future[PartitionReport]"]) -> Iterator[PartitionReport]:
+    """Results in order, with at most a few writes waiting, so that a slow store slows the pipeline down."""
+    waiting: list[Future[PartitionReport]] = []
+    for write in writes:
+        waiting.append(write)
+        while waiting and (waiting[0].done() or len(waiting) > 2 * WRITE_THREADS):
+            yield waiting.pop(0).result()
+    for write in waiting:
+        yield write.result()
+
+
+def _report(rows: PartitionRows) -> PartitionReport:
+    codes: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for row, failure in sorted(rows.failures.items()):
+        codes[failure.code] = codes.get(failure.code, 0) + 1
+        examples.setdefault(failure.code, rows.refs[row].key)
+    return PartitionReport(rows.partition, len(rows.refs) - len(rows.failures), codes, examples)

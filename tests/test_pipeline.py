@@ -1,0 +1,181 @@
+"""The pipeline alone, over functions that are small enough to know their answers."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from infermill import pipeline
+from infermill.errors import BadInputError, StoreError
+from infermill.meter import Meter
+from infermill.pipeline import Arrays, PartitionRows, Stages, run_pipeline
+from infermill.types import ObjectRef
+
+
+def _fetch(ref: ObjectRef) -> bytes:
+    if ref.key.startswith("missing"):
+        raise BadInputError("fetch", "missing", "gone")
+    return ref.key.encode()
+
+
+def _decode(data: bytes) -> NDArray[np.uint8]:
+    if data.startswith(b"corrupt"):
+        raise BadInputError("decode", "corrupt", "damaged")
+    return np.full((2, 2, 3), int(data.split(b"-")[1]) % 256, np.uint8)
+
+
+def _predict(batch: NDArray[np.uint8]) -> Arrays:
+    return (batch.astype(np.float32).mean(axis=(1, 2, 3)),)
+
+
+def _finish(outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
+    return outputs, outputs[0] != 13.0
+
+
+STAGES = Stages(
+    fetch=_fetch,
+    decode=_decode,  # type: ignore[arg-type]
+    predict=_predict,
+    finish=_finish,
+    fetch_threads=3,
+    decode_threads=2,
+    predict_threads=2,
+    batch_size=4,
+)
+kinds = st.lists(st.lists(st.sampled_from(["good", "missing", "corrupt"]), min_size=1, max_size=20), max_size=8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(kinds)
+def test_every_row_is_settled_once_whatever_fails(partitions: list[list[str]]) -> None:
+    numbered: list[list[ObjectRef]] = []
+    count = 0
+    for kind_list in partitions:
+        numbered.append([ObjectRef(f"{kind}-{count + i}", 1) for i, kind in enumerate(kind_list)])
+        count += len(kind_list)
+    meter = Meter()
+    finished = {rows.partition: rows for rows in run_pipeline(enumerate(numbered), STAGES, meter)}
+    assert sorted(finished) == list(range(len(partitions)))
+    for number, refs in enumerate(numbered):
+        _check_rows(finished[number], refs)
+    assert meter.objects == count
+    assert meter.failures.total() == sum(len(rows.failures) for rows in finished.values())
+
+
+def _check_rows(rows: PartitionRows, refs: Sequence[ObjectRef]) -> None:
+    assert rows.refs == refs
+    for row, ref in enumerate(refs):
+        kind, number = ref.key.split("-")
+        if kind != "good":
+            assert rows.failures[row].code == kind
+        elif int(number) % 256 == 13:
+            assert (rows.failures[row].stage, rows.failures[row].code) == ("predict", "nonfinite")
+        else:
+            assert row not in rows.failures
+            assert rows.kept is not None
+            assert rows.kept[0][row] == int(number) % 256
+    assert rows.predicted().tolist() == [row not in rows.failures for row in range(len(refs))]
+
+
+def test_batches_are_full_across_partitions_and_only_the_last_is_short() -> None:
+    lengths: list[int] = []
+
+    def predict(batch: NDArray[np.uint8]) -> Arrays:
+        lengths.append(len(batch))
+        return _predict(batch)
+
+    partitions = [[ObjectRef(f"good-{10 * p + i}", 1) for i in range(3)] for p in range(7)]
+    list(run_pipeline(enumerate(partitions), replace(STAGES, predict=predict), Meter()))
+    assert sorted(lengths, reverse=True) == [4, 4, 4, 4, 4, 1]
+
+
+@pytest.mark.parametrize("stage", ["fetch", "decode", "predict", "finish"])
+def test_any_other_error_stops_the_pipeline_and_reaches_the_caller(stage: str) -> None:
+    def broken(_: object) -> object:
+        raise StoreError("the store is down")
+
+    stages = replace(STAGES, **{stage: broken})
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(100)]
+    with pytest.raises(StoreError, match="the store is down"):
+        list(run_pipeline([(0, refs)], stages, Meter()))
+    _wait_until(lambda: not _pipeline_threads())
+
+
+def test_an_error_of_the_plan_reaches_the_caller() -> None:
+    def partitions() -> "list[tuple[int, list[ObjectRef]]]":
+        raise StoreError("the plan is gone")
+
+    with pytest.raises(StoreError, match="the plan is gone"):
+        list(run_pipeline((entry for entry in partitions()), STAGES, Meter()))
+
+
+def test_a_caller_that_leaves_stops_all_threads_at_once() -> None:
+    refs = [[ObjectRef(f"good-{i}", 1)] for i in range(5000)]
+    finished = run_pipeline(enumerate(refs), STAGES, Meter())
+    next(finished)
+    started = time.monotonic()
+    finished.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 2
+    _wait_until(lambda: not _pipeline_threads())
+
+
+def test_bytes_between_fetch_and_decode_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "MAX_BYTES_IN_FLIGHT", 1000)
+    lock = threading.Lock()
+    in_flight = peak = 0
+
+    def fetch(ref: ObjectRef) -> bytes:
+        nonlocal in_flight, peak
+        with lock:
+            in_flight += 400
+            peak = max(peak, in_flight)
+        return ref.key.encode().ljust(400)
+
+    def decode(data: bytes) -> NDArray[np.uint8]:
+        nonlocal in_flight
+        time.sleep(0.002)
+        with lock:
+            in_flight -= 400
+        return _decode(data.strip())
+
+    stages = replace(STAGES, fetch=fetch, decode=decode, fetch_threads=8)
+    refs = [ObjectRef(f"good-{i}", 400) for i in range(60)]
+    list(run_pipeline([(0, refs)], stages, Meter()))
+    assert peak <= 800
+
+
+def test_one_object_larger_than_the_bound_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "MAX_BYTES_IN_FLIGHT", 10)
+    refs = [ObjectRef(f"good-{i}", 400) for i in range(5)]
+    (rows,) = run_pipeline([(0, refs)], STAGES, Meter())
+    assert rows.is_finished
+
+
+def test_the_meter_knows_where_the_time_went() -> None:
+    def slow(batch: NDArray[np.uint8]) -> Arrays:
+        time.sleep(0.02)
+        return _predict(batch)
+
+    meter = Meter()
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
+    list(run_pipeline([(0, refs)], replace(STAGES, predict=slow), meter))
+    assert meter.stage_seconds["predict"] >= 10 * 0.02
+    assert meter.stage_seconds["predict"] > meter.stage_seconds["decode"]
+    assert meter.threads == {"fetch": 3, "decode": 2, "predict": 2}
+
+
+def _pipeline_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith(("fetch-", "decode-", "predict-"))]
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
