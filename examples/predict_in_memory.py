@@ -13,20 +13,16 @@ import infermill
 
 
 def main(card: str, photo: str) -> None:
-    model = infermill.load_model(card)
+    predict = infermill.load_model(card)
     image = Image.open(photo).convert("RGB")
-    inputs = {
-        "path": Path(photo),
-        "bytes": Path(photo).read_bytes(),
-        "Pillow image": image,
-        "uint8 array [height, width, 3]": np.asarray(image),
-        "broken bytes": Path(photo).read_bytes()[:100],
-    }
-    for kind, prediction in zip(inputs, model.predict(list(inputs.values())), strict=True):
-        if prediction.error is None:
+    kinds = ("path", "bytes", "Pillow image", "uint8 array [height, width, 3]", "cut-off bytes")
+    content = Path(photo).read_bytes()
+    predictions = predict([Path(photo), content, image, np.asarray(image), content[:1000]])
+    for kind, prediction in zip(kinds, predictions, strict=True):
+        if prediction.top:
             best = prediction.top[0]
             print(f"{kind}: {best.label} {best.score:.3f}")
-        else:
+        elif prediction.error:
             print(f"{kind}: {prediction.error.code}: {prediction.error.message}")
 
 

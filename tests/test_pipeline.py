@@ -100,7 +100,7 @@ def test_any_other_error_stops_the_pipeline_and_reaches_the_caller(stage: str) -
     def broken(_: object) -> object:
         raise StoreError("the store is down")
 
-    stages = replace(STAGES, **{stage: broken})
+    stages = replace(STAGES, **{stage: broken})  # type: ignore[arg-type]
     refs = [ObjectRef(f"good-{i}", 1) for i in range(100)]
     with pytest.raises(StoreError, match="the store is down"):
         list(run_pipeline([(0, refs)], stages, Meter()))
@@ -144,7 +144,7 @@ def test_bytes_between_fetch_and_decode_are_bounded(monkeypatch: pytest.MonkeyPa
             in_flight -= 400
         return _decode(data.strip())
 
-    stages = replace(STAGES, fetch=fetch, decode=decode, fetch_threads=8)
+    stages = replace(STAGES, fetch=fetch, decode=decode, fetch_threads=8)  # type: ignore[arg-type]
     refs = [ObjectRef(f"good-{i}", 400) for i in range(60)]
     list(run_pipeline([(0, refs)], stages, Meter()))
     assert peak <= 800

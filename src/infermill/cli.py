@@ -17,6 +17,8 @@ app = App(
     help="Run a trained network over everything in a bucket, a folder or a table, and account for every input.",
     version=__version__,
     help_format="rich",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative=()),
 )
 CARD = Group("Model (for a bare .onnx, or to override the card)", sort_key=2)
 JOB = Group("Job", sort_key=1)
@@ -24,9 +26,9 @@ Model = Annotated[str, Parameter(alias="-m", help="A model card, or a bare .onnx
 JobFlags = Annotated[Options, Parameter(name="*", group=JOB)]
 CardFlags = Annotated[CardOptions, Parameter(name="*", group=CARD)]
 StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
-Json = Annotated[bool, Parameter(negative=(), help="Print the result as one JSON object.")]
+Json = Annotated[bool, Parameter(help="Print the result as one JSON object.")]
 SOURCE_HELP = "A folder, file, glob, manifest (.txt, .parquet, or - for standard input), or an s3://, gs://, az:// URI."
-Source = Annotated[str, Parameter(help=SOURCE_HELP)]
+Source = Annotated[str, Parameter(help=SOURCE_HELP, allow_leading_hyphen=True)]  # `-`
 NO_OPTIONS = Options()
 NO_STORE_OPTIONS = StoreOptions()
 NO_CARD_OPTIONS = CardOptions()

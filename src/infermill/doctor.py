@@ -4,7 +4,7 @@ import importlib
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from infermill.worker import usable_cores
@@ -55,7 +55,7 @@ def _package(name: str, module: str, extra_hint: str = "") -> Finding:
 
 
 def _openvino() -> Finding:
-    found = _package("openvino", "openvino")
+    found = _package("openvino", "infermill.runtimes.openvino")
     if not found.usable:
         return found
     import openvino
@@ -67,24 +67,22 @@ def _openvino() -> Finding:
 
 
 def _onnxruntime() -> Finding:
-    found = _package("onnxruntime", "onnxruntime")
-    if not found.usable:
-        return found
-    import onnxruntime
+    found = _package("onnxruntime", "infermill.runtimes.onnxruntime")
+    return replace(found, detail=f"{found.detail} with {', '.join(_providers())}") if found.usable else found
 
-    return Finding(found.name, True, f"{found.detail} with {', '.join(onnxruntime.get_available_providers())}")
+
+def _providers() -> list[str]:
+    try:
+        return list(importlib.import_module("infermill.runtimes.onnxruntime").ort.get_available_providers())
+    except ImportError:
+        return []
 
 
 def _cuda() -> Finding:
-    try:
-        import onnxruntime
-
-        usable = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    except ImportError:
-        usable = False
-    detail = "ONNX Runtime's CUDA provider" if usable else "ONNX Runtime's CUDA provider is not there"
-    hint = "" if usable else "for an NVIDIA GPU: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
-    return Finding("CUDA", usable, detail, hint, optional=True)
+    if "CUDAExecutionProvider" in _providers():
+        return Finding("CUDA", True, "ONNX Runtime's CUDA provider", optional=True)
+    hint = "for an NVIDIA GPU: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+    return Finding("CUDA", False, "ONNX Runtime's CUDA provider is not there", hint, optional=True)
 
 
 def _s3_credentials() -> Finding:

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import stat
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from io import FileIO
@@ -18,7 +20,7 @@ from infermill.stores import (
     Location,
     explain,
     is_denied_object,
-    is_unnameable,
+    is_nameable,
     locate,
     open_s3_client,
     open_store,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 Fetch = Callable[[ObjectRef], "ReadableBuffer"]
 MAX_OBJECT_BYTES = 1 << 30
-_ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
+_ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 
 
 def fetcher(source: Source, options: StoreOptions) -> Fetch:
@@ -42,30 +44,29 @@ def fetcher(source: Source, options: StoreOptions) -> Fetch:
     StoreError where the store is at fault.
     """
 
+    opening = threading.Lock()
+
     @lru_cache(maxsize=64)
     def store_of(scheme: str, container: str) -> "ObjectStore":
         return open_store(Location(scheme, container, ""), options)
 
     @lru_cache(maxsize=64)
-    def exact_store_of(scheme: str, container: str) -> "Callable[[str, str | None], bytes]":
-        bucket, client = open_s3_client(Location(scheme, container, ""), options)
-        return lambda key, etag: _get_exactly(client, bucket, key, etag)
+    def s3_client_of(scheme: str, container: str) -> tuple[str, Any]:
+        return open_s3_client(Location(scheme, container, ""), options)
 
     root = locate(source.root)
 
     def fetch(ref: ObjectRef) -> "ReadableBuffer":
         place = _place(ref.key, source, root)
         if place.is_local:
-            return _read_file(place.uri, ref.etag)
-        try:
-            wanted: GetOptions = {"if_match": ref.etag} if ref.etag else {}
-            answer = store_of(place.scheme, place.container).get(place.path, options=wanted)
-            _check_size(answer.meta["size"])
-            return answer.bytes()
-        except STORE_ERRORS as error:
-            if place.scheme == "s3" and is_unnameable(error):
-                return exact_store_of(place.scheme, place.container)(place.path, ref.etag)
-            raise _object_error(error, place.uri) from None
+            return _read_file(place.uri, ref)
+        if not is_nameable(place.path):
+            with opening:
+                bucket, client = s3_client_of(place.scheme, place.container)
+            return _get_exactly(client, bucket, place.path, ref.etag)
+        with opening:
+            store = store_of(place.scheme, place.container)
+        return _get(store, place, ref.etag)
 
     return fetch
 
@@ -75,6 +76,16 @@ def _place(key: str, source: Source, root: Location) -> Location:
         # Not `joined`: a key may begin with a slash, or end with one.
         return Location(root.scheme, root.container, key if not root.is_local else f"{root.path}/{key}")
     return locate(key) if "://" in key else locate(Path(source.root, key))
+
+
+def _get(store: "ObjectStore", place: Location, etag: str | None) -> "ReadableBuffer":
+    wanted: GetOptions = {"if_match": etag} if etag else {}
+    try:
+        answer = store.get(place.path, options=wanted)
+        _check_size(answer.meta["size"])
+        return answer.bytes()
+    except STORE_ERRORS as error:
+        raise _object_error(error, place.uri) from None
 
 
 def _object_error(error: Exception, uri: str) -> Exception:
@@ -89,16 +100,20 @@ def _object_error(error: Exception, uri: str) -> Exception:
     return explain(error, uri)
 
 
-def _read_file(path: str, etag: str | None) -> bytes:
+def _read_file(path: str, ref: ObjectRef) -> bytes:
     try:
-        with _open_file(path) as file:
+        with _open_file(path, ref.key) as file:
             status = os.fstat(file.fileno())
-            if etag is not None and etag_of(status) != etag:
+            if not stat.S_ISREG(status.st_mode):
+                raise BadInputError("fetch", "unreadable", "it is not a file")
+            if ref.etag and etag_of(status) != ref.etag:
                 raise BadInputError("fetch", "changed", "it was overwritten after the source was listed")
             _check_size(status.st_size)
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInputError("fetch", "missing", "it is not there any more") from None
+    except ValueError:
+        raise BadInputError("fetch", "missing", "no file has a name with a null character") from None
     except OSError as error:
         if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
             raise explain(error, path) from None
@@ -110,15 +125,24 @@ def _check_size(size: int) -> None:
         raise BadInputError("fetch", "too_large", f"{size} bytes, more than the limit of {MAX_OBJECT_BYTES}")
 
 
-def _open_file(path: str) -> FileIO:
+def _open_file(path: str, key: str) -> FileIO:
     try:
-        return FileIO(path)
+        return FileIO(path, opener=_open_at_once)
     except FileNotFoundError:
-        # A name that is not UTF-8 has its odd bytes as \xNN in the key.
-        raw = _ESCAPED_BYTE.sub(lambda match: chr(0xDC00 + int(match[1], 16)), path)
-        if raw == path:
+        raw = _ESCAPED_BYTE.sub(_unescaped, key)
+        if raw == key:
             raise
-        return FileIO(raw)
+        return FileIO(path.removesuffix(key) + raw, opener=_open_at_once)
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    """What `printable` wrote as `\\xNN`."""
+    byte = int(match[1], 16)
+    return chr(byte if byte < 0x80 else 0xDC00 + byte)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe that a manifest lists would block for ever
 
 
 def _get_exactly(client: Any, bucket: str, key: str, etag: str | None) -> bytes:
@@ -133,8 +157,10 @@ def _get_exactly(client: Any, bucket: str, key: str, etag: str | None) -> bytes:
         code = error.response["Error"]["Code"]
         if code == "NoSuchKey":
             raise BadInputError("fetch", "missing", "it is not there any more") from None
-        if code in {"PreconditionFailed", "412"}:
+        if code == "PreconditionFailed":
             raise BadInputError("fetch", "changed", "it was overwritten after the source was listed") from None
+        if is_denied_object(error):
+            raise BadInputError("fetch", "unreadable", "access to this object is denied") from None
         raise explain(error, f"s3://{bucket}/{key}") from None
     except BotoCoreError as error:
         raise explain(error, f"s3://{bucket}/{key}") from None

@@ -71,7 +71,7 @@ def run(
     """
     started = time.monotonic()
     options = options or Options()
-    parse_budget(options.max_failures)
+    _check_options(options)
     resolved = open_model(model, options, card_options or CardOptions())
     place = Output(str(output), options)
     meter = Meter()
@@ -119,6 +119,7 @@ def estimate(
         As `run`.
     """
     options = options or Options()
+    _check_options(options)
     resolved = open_model(model, options, card_options or CardOptions())
     started = time.monotonic()
     where, batches = list_source(str(source), options.suffix, options)
@@ -168,6 +169,14 @@ def parse_budget(text: str | None) -> Callable[[int], float]:
     if not 0 <= number < float("inf"):
         raise UsageError(f"--max-failures {text} is neither a number nor a percentage", "write 10, or 1%")
     return (lambda planned: planned * number / 100) if text.endswith("%") else (lambda _: number)
+
+
+def _check_options(options: Options) -> None:
+    parse_budget(options.max_failures)
+    for name in ("limit", "threads", "decode_threads", "max_pixels", "partition_objects", "partition_bytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
 
 
 def _read_job(place: Output) -> dict[str, Any] | None:
@@ -271,8 +280,8 @@ def _summary(job: Job, reports: Sequence[PartitionReport], meter: Meter, seconds
         stage_seconds={stage: round(spent, 3) for stage, spent in meter.stage_seconds.items()},
         workers=1,
         model_loads=meter.model_loads,
-        runtime=job.options.runtime,
-        precision=meter.precision,
+        runtime=", ".join(sorted({report.runtime for report in reports})),
+        precision=", ".join(sorted({report.precision for report in reports})),
         digest=job.model.digest,
         output=job.output,
     )

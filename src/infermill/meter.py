@@ -17,7 +17,6 @@ class Meter:
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         self.threads: dict[str, int] = {}
         self.model_loads = 0
-        self.precision = ""
 
     def spend(self, stage: str, seconds: float) -> None:
         with self._lock:

@@ -4,6 +4,7 @@ Everything is created once and never changed: `_infermill/plan/…`, `_infermill
 and `_SUCCESS`. The first writer wins, whole or not at all; who comes second adopts what is there.
 """
 
+import errno
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from obstore.exceptions import AlreadyExistsError
 
 from infermill.errors import StoreError, UsageError
-from infermill.stores import STORE_ERRORS, Location, explain, locate, open_reader, open_store
+from infermill.stores import STORE_ERRORS, Location, explain, is_nameable, locate, open_reader, open_store
 from infermill.types import Failure, ObjectRef, PartitionReport, StoreOptions
 
 JOB_FILE = "_infermill/job.json"
@@ -43,8 +44,12 @@ class Output:
     """
 
     def __init__(self, uri: str, options: StoreOptions) -> None:
-        self._options = options
         self._base: Location = locate(uri)
+        if not self._base.is_local and not is_nameable(self._base.path.rstrip("/")):
+            raise UsageError(
+                f"cannot write to {uri!r}: it has a control character, or an empty, `.` or `..` segment",
+                "choose another prefix",
+            )
         self._store = open_store(self._base, options)
 
     @property
@@ -68,6 +73,8 @@ class Output:
         """The content of a file, or None where there is none."""
         place = self._base.joined(name)
         try:
+            if place.is_local:
+                return Path(place.uri).read_bytes()
             return bytes(self._store.get(place.path).bytes())
         except FileNotFoundError:
             return None
@@ -88,16 +95,23 @@ class Output:
     def delete(self, names: Sequence[str]) -> None:
         """Delete files; those that are gone already do not matter."""
         for name in names:
+            place = self._base.joined(name)
             with suppress(*STORE_ERRORS):
-                self._store.delete(self._base.joined(name).path)
+                if place.is_local:
+                    Path(place.uri).unlink()
+                else:
+                    self._store.delete(place.path)
 
     def names(self, folder: str = "") -> list[str]:
         """The names directly below the output, or below a folder in it."""
         place = self._base.joined(folder)
-        if place.is_local and not Path(place.uri).is_dir():
-            return []
         try:
+            if place.is_local:
+                with os.scandir(place.uri) as entries:
+                    return [entry.name for entry in entries if entry.is_file()]
             listing = obstore.list_with_delimiter(self._store, place.path)
+        except FileNotFoundError:
+            return []
         except STORE_ERRORS as error:
             raise _as_store_error(error, place.uri) from None
         return [entry["path"].rpartition("/")[2] for entry in listing["objects"]]
@@ -114,8 +128,9 @@ class Output:
             StoreError: it cannot, or the store ignores create-if-absent, so that two workers could both win.
         """
         name = f"_infermill/probe-{uuid.uuid4().hex}"
+        first = self.create(name, b"1")
         try:
-            first, second = self.create(name, b"1"), self.create(name, b"2")
+            second = self.create(name, b"2")
         finally:
             self.delete([name])
         if not first or second:
@@ -157,14 +172,14 @@ class Output:
     def _report(self, name: str) -> PartitionReport | None:
         place = self._base.joined(name)
         try:
-            with open_reader(place, self._options) as file:
-                metadata = pq.read_metadata(file).metadata
+            with open_reader(place, self._store) as file:
+                metadata = pq.read_metadata(file).metadata or {}
             return PartitionReport(**json.loads(metadata[_REPORT_KEY.encode()]))
         except FileNotFoundError:
             return None
         except STORE_ERRORS as error:
             raise _as_store_error(error, place.uri) from None
-        except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"infermill did not write {place.uri}: {error}", "move it out of the way") from None
 
     def tables(self) -> Iterator[pa.Table]:
@@ -179,7 +194,9 @@ def part_name(partition: int) -> str:
     return f"part-{partition:05d}.parquet"
 
 
-def rows_table(refs: Sequence[ObjectRef], columns: Mapping[str, pa.Array], failures: Mapping[int, Failure]) -> pa.Table:
+def rows_table(
+    refs: Sequence[ObjectRef], columns: "Mapping[str, pa.Array[Any]]", failures: Mapping[int, Failure]
+) -> pa.Table:
     """The rows of a partition: key, etag, size, the task's columns and error (null where there is a prediction)."""
     errors = [None if row not in failures else asdict(failures[row]) for row in range(len(refs))]
     return pa.table(
@@ -228,7 +245,10 @@ def _tables(output: str | os.PathLike[str], options: StoreOptions | None) -> Ite
 
 def _create_locally(path: Path, content: bytes) -> bool:
     """A private file, made durable and then linked to its name: there whole, or not at all, after a crash too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
     private = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         with private.open("xb") as file:
@@ -244,7 +264,3 @@ def _create_locally(path: Path, content: bytes) -> bool:
 def _as_store_error(error: Exception, uri: str) -> StoreError:
     problem = explain(error, uri)
     return problem if isinstance(problem, StoreError) else StoreError(problem.message, problem.hint)
-
-
-def dump_json(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, indent=1, ensure_ascii=False).encode()

@@ -5,6 +5,7 @@ per row, with a mask of the rows that are finite; `columns` turns the kept rows 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ class Classification:
 
     def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
         logits = outputs[0].reshape(len(outputs[0]), -1).astype(np.float32, copy=False)
-        finite = np.isfinite(logits).all(axis=1)
+        finite = _finite_rows(logits)
         scores = activate(np.where(finite[:, None], logits, 0), self._activation)
         k = min(self._top_k, scores.shape[1])
         best = np.argpartition(scores, -k, axis=1)[:, -k:]
@@ -60,7 +61,7 @@ class Embedding:
 
     def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
         vectors = outputs[0].reshape(len(outputs[0]), -1).astype(np.float32, copy=False)
-        finite = np.isfinite(vectors).all(axis=1)
+        finite = _finite_rows(vectors)
         return (activate(np.where(finite[:, None], vectors, 0), self._activation),), finite
 
     def columns(self, kept: Arrays | None, predicted: NDArray[np.bool_]) -> dict[str, pa.Array]:
@@ -85,7 +86,7 @@ class Raw:
         finite = np.ones(len(outputs[0]), np.bool_)
         for array in outputs:
             if np.issubdtype(array.dtype, np.inexact):
-                finite &= np.isfinite(array).reshape(len(array), -1).all(axis=1)
+                finite &= _finite_rows(array)
         return outputs, finite
 
     def columns(self, kept: Arrays | None, predicted: NDArray[np.bool_]) -> dict[str, pa.Array]:
@@ -119,6 +120,10 @@ def activate(values: NDArray[np.float32], activation: str) -> NDArray[np.float32
     if activation == "sigmoid":
         return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)), np.float32)
     return values
+
+
+def _finite_rows(array: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
 
 
 def _lists(kind: pa.DataType, values: pa.Array, present: NDArray[np.bool_], length: int) -> pa.Array:

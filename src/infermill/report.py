@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def print_problem(message: str, hint: str) -> None:
     """`error: …` and `hint: …` on standard error."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error", "bold red"), f": {_visible(message)}"))
+    lines = "\n".join(_visible(line) for line in message.split("\n"))
+    console.print(Text.assemble(("error", "bold red"), f": {lines}"))
     if hint:
         console.print(Text.assemble("\n", ("hint", "bold cyan"), f": {_visible(hint)}"))
 
@@ -121,7 +122,5 @@ def _rendered(lines: Sequence[RenderableType]) -> str:
 
 
 def _visible(text: str) -> str:
-    """Keys may hold anything: control characters, line breaks of a key included, are shown escaped."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
+    """Keys may hold anything; control characters, line breaks included, are shown escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

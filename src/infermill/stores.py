@@ -2,13 +2,15 @@
 
 import io
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 import obstore
-from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from infermill.errors import InfermillError, SourceError, StoreError, UsageError
@@ -31,6 +33,13 @@ REMOTE_SCHEMES = {
     "abfss": "az",
 }
 STORE_ERRORS = (BaseError, OSError)
+_UNNAMEABLE = re.compile(r"\A/|/\Z|//|(?:\A|/)\.\.?(?:/|\Z)|[\x00-\x1f\x7f]")
+_CODE = re.compile(r"<Code>(\w+)</Code>|An error occurred \((\w+)\)")
+_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_REFUSED = re.compile(r"status code: 40[13] ")
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
+_SSO = re.compile(r"SSO Token|SSO session|token from sso")
+_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +75,30 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """
     text = os.fspath(uri)
     scheme, separator, rest = text.partition("://")
-    if not separator:
-        return Location("file", "/", str(Path(text).expanduser().absolute()).lstrip("/") + _slash(text))
+    if not separator or "/" in scheme:
+        path = Path(text)
+        with suppress(RuntimeError):  # `~name` of nobody is a file of that name
+            path = path.expanduser()
+        return Location("file", "/", str(path.absolute()).lstrip("/") + _slash(text))
     scheme = scheme.lower()
+    container, _, path_inside = rest.partition("/")
     if scheme == "file":
-        path = unquote(urlsplit(text.replace("#", "%23").replace("?", "%3F")).path)
-        return Location("file", "/", path.lstrip("/"))
+        if container not in {"", "localhost"}:
+            raise UsageError(f"{text!r} names a file on the host {container!r}", f"write file:///{rest}")
+        return Location("file", "/", os.fsdecode(unquote_to_bytes(os.fsencode(path_inside))).lstrip("/"))
     if scheme not in REMOTE_SCHEMES:
         known = ", ".join(f"{name}://" for name in ("file", "s3", "gs", "az"))
-        raise UsageError(f"cannot read {scheme}:// in {text!r}", f"use a local path or one of {known}")
-    bucket, _, path = rest.partition("/")
-    if not bucket:
+        shown = _without_secrets(text.partition("?")[0])
+        raise UsageError(f"cannot read {scheme}:// in {shown!r}", f"use a local path or one of {known}")
+    if not container:
         raise UsageError(f"{text!r} names no bucket", f"write {scheme}://BUCKET/PREFIX")
     scheme = REMOTE_SCHEMES[scheme]
-    return Location(scheme, f"{scheme}://{bucket}", path)
+    if scheme != "az" and ("@" in container or ":" in container):
+        raise UsageError(
+            f"no bucket has a name with `:` or `@`, as the one after {scheme}:// has",
+            "credentials do not belong in a URI: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a --profile",
+        )
+    return Location(scheme, f"{scheme}://{container}", path_inside)
 
 
 def _slash(text: str) -> str:
@@ -101,13 +120,15 @@ def open_store(location: Location, options: StoreOptions) -> "ObjectStore":
     if location.scheme == "gs":
         return GCSStore(bucket, client_options=client, retry_config=retry)
     if location.scheme == "az":
-        return AzureStore(bucket, client_options=client, retry_config=retry)
+        container, _, host = bucket.partition("@")  # abfss://CONTAINER@ACCOUNT.dfs.core.windows.net
+        account: dict[str, Any] = {"account_name": host.partition(".")[0]} if host else {}
+        return AzureStore(container, client_options=client, retry_config=retry, **account)
     return _open_s3(bucket, options, client, retry)
 
 
 def _open_s3(bucket: str, options: StoreOptions, client: "ClientConfig", retry: "RetryConfig") -> S3Store:
     settings: dict[str, Any] = {}
-    endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = _endpoint(options)
     if endpoint:
         settings["endpoint"] = endpoint
         client["allow_http"] = endpoint.startswith("http://")
@@ -119,6 +140,10 @@ def _open_s3(bucket: str, options: StoreOptions, client: "ClientConfig", retry: 
     if provider is not None and not options.region:
         settings |= provider.config
     return S3Store(bucket, client_options=client, retry_config=retry, credential_provider=provider, **settings)
+
+
+def _endpoint(options: StoreOptions) -> str | None:
+    return options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def _boto3_credentials(options: StoreOptions) -> Any:
@@ -137,11 +162,17 @@ def _boto3_credentials(options: StoreOptions) -> Any:
         ) from None
     try:
         return Boto3CredentialProvider(boto3.Session(profile_name=options.profile))
-    except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise StoreError(
-            f"no AWS credentials: {error}",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a --profile, or pass --anonymous for a public bucket",
-        ) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise _no_credentials(f": {_detail(error)}") from None
+    except ValueError:  # the provider's own, for a chain that ends without credentials
+        raise _no_credentials() from None
+
+
+def _no_credentials(reason: str = "") -> StoreError:
+    return StoreError(
+        f"no AWS credentials were found{reason}",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a --profile, or pass --anonymous",
+    )
 
 
 class _ObjectReader(io.RawIOBase):
@@ -169,43 +200,56 @@ class _ObjectReader(io.RawIOBase):
         return len(data)
 
 
-def open_reader(location: Location, options: StoreOptions) -> io.BufferedReader:
-    """A file or object, for reading in pieces."""
+def open_reader(location: Location, store: "ObjectStore") -> io.BufferedReader:
+    """A file or object, for reading in pieces; `store` is the one that `open_store` gives for the location."""
     if location.is_local:
         return Path(location.uri).open("rb")
-    return io.BufferedReader(_ObjectReader(open_store(location, options), location.path), 1 << 20)
+    return io.BufferedReader(_ObjectReader(store, location.path), 1 << 20)
 
 
-def is_unnameable(error: Exception) -> bool:
-    """Whether the error says that object_store cannot name a key: control characters, `//`, `.` and `..`."""
-    return isinstance(error, InvalidPathError) or "invalid path" in str(error) or "Could not parse path" in str(error)
+def is_nameable(path: str) -> bool:
+    """Whether object_store names this path: it refuses control characters, `//`, `.`, `..`, and cuts outer slashes."""
+    return _UNNAMEABLE.search(path) is None
 
 
 def is_denied_object(error: Exception) -> bool:
-    """Whether the store denies this one object to credentials that it accepts."""
-    return isinstance(error, PermissionDeniedError) and "<Code>AccessDenied</Code>" in str(error)
+    """Whether the store denies this one object (archived ones, too) to credentials that it accepts."""
+    return _code(error) in {"AccessDenied", "InvalidObjectState"}
 
 
 def open_s3_client(location: Location, options: StoreOptions) -> tuple[str, Any]:
     """A bucket's name and a boto3 client, for the keys that object_store cannot name.
 
     Raises:
-        SourceError: boto3 is not installed.
+        SourceError: boto3 is not installed, or the store is not S3.
+        StoreError: there is no such profile.
     """
+    problem = f"{location.container} holds a key with a control character, or with an empty, `.` or `..` segment"
+    if location.scheme != "s3":
+        raise SourceError(f"{problem}; only on S3 can it be read", "rename it")
     try:
         import boto3
         from botocore import UNSIGNED
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError:
-        raise SourceError(
-            f"{location.container} holds a key with a control character, `//`, `.` or `..` in it, which needs boto3",
-            "pip install 'infermill[aws]'",
-        ) from None
-    config = Config(retries={"mode": "standard"}, signature_version=UNSIGNED if options.anonymous else None)
-    region = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    session = boto3.Session(profile_name=options.profile, region_name=region)
-    endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return location.container.partition("://")[2], session.client("s3", endpoint_url=endpoint, config=config)
+        raise SourceError(f"{problem}, which needs boto3", "pip install 'infermill[aws]'") from None
+    endpoint = _endpoint(options)
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": 7},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=32,
+        signature_version=UNSIGNED if options.anonymous else None,
+        s3={"addressing_style": "path"} if endpoint else None,
+    )
+    try:
+        session = boto3.Session(profile_name=options.profile)
+        region = options.region or session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+        client = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    except BotoCoreError as error:
+        raise _no_credentials(f": {_detail(error)}") from None
+    return location.container.partition("://")[2], client
 
 
 def _seconds(count: float) -> "timedelta":
@@ -216,29 +260,51 @@ def _seconds(count: float) -> "timedelta":
 
 def explain(error: Exception, uri: str) -> InfermillError:
     """The error of a store in the words of a user: what happened, where, and what to do next."""
-    detail = _first_line(error)
-    text = str(error)
-    if "NoSuchBucket" in text or (isinstance(error, FileNotFoundError) and "bucket does not exist" in text):
+    uri = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in uri)
+    if _code(error) in {"NoSuchBucket", "ContainerNotFound"}:
         return SourceError(f"there is no bucket at {uri}", "check the bucket's name, and --endpoint-url or --region")
     if isinstance(error, FileNotFoundError):
         return SourceError(f"{uri} does not exist", "check the path")
-    if (
-        isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
-        or "SignatureDoesNotMatch" in text
-    ):
-        where = (
-            "check its permissions"
-            if "://" not in uri
-            else "check the credentials (--profile, AWS_ACCESS_KEY_ID), or pass --anonymous"
-        )
-        return StoreError(f"access to {uri} is denied", f"{where}; the store said: {detail}" if "://" in uri else where)
+    if isinstance(error, PermissionError):
+        return StoreError(f"access to {uri} is denied", "check its permissions")
     if isinstance(error, OSError):
         return StoreError(f"{uri}: {error.strerror or error}", "check the path and the disk")
+    return _explain_answer(error, uri)
+
+
+def _explain_answer(error: Exception, uri: str) -> StoreError:
+    code, detail = _code(error), _detail(error)
+    if code in _ELSEWHERE or "incorrectly configured region" in detail:
+        return StoreError(f"{uri} is in another region", f"pass --region, or set AWS_REGION; the store said: {detail}")
+    if _SSO.search(detail):
+        return StoreError(f"access to {uri} is denied: {detail}", "run `aws sso login` for the profile")
+    if code in _DENIED or _REFUSED.search(_told(error)) or isinstance(error, UnauthenticatedError):
+        remedy = "check the credentials (--profile, AWS_ACCESS_KEY_ID), or pass --anonymous"
+        return StoreError(f"access to {uri} is denied", f"{remedy}; the store said: {detail}")
     return StoreError(
         f"{uri} does not answer: {detail}", "check the network and --endpoint-url, then run the same command again"
     )
 
 
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().split("\n", 1)[0]
+def _code(error: Exception) -> str | None:
+    """S3's own name for what is wrong."""
+    match = _CODE.search(_told(error))
+    return (match[1] or match[2]) if match else None
+
+
+def _detail(error: Exception) -> str:
+    """What the store said, in one line and without passwords."""
+    text = _told(error)
+    code, message = _CODE.search(text), _MESSAGE.search(text)
+    if code and message:
+        text = f"{code[1]}: {message[1]}"
+    line = _without_secrets(" ".join(text.partition("<?xml")[0].split())).rstrip(" :")
     return line if len(line) <= 300 else line[:300] + "…"
+
+
+def _told(error: Exception) -> str:
+    return str(error).partition("\n\nDebug source")[0]
+
+
+def _without_secrets(text: str) -> str:
+    return re.sub(r"://[^/\s]*@", "://", text)

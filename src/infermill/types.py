@@ -61,7 +61,7 @@ class Options(StoreOptions):
     """
 
     suffix: tuple[str, ...] | None = None
-    "Take only keys that end so; repeat it for several, '' for all. [default: the image formats]"
+    "Take only keys that end so; repeat it for several, '' for all. (default: the image formats)"
     limit: int | None = None
     "Take only the first N objects of the listing."
     runtime: RuntimeName = "openvino"
@@ -69,9 +69,9 @@ class Options(StoreOptions):
     decode: DecodeProfile = "exact"
     "`exact`: pixel for pixel what Pillow gives. `fast`: DCT scaling and a SIMD resizer."
     threads: int | None = None
-    "Threads of the network. [default: one a core]"
+    "Threads of the network. (default: one a core)"
     decode_threads: int | None = None
-    "Threads that decode. [default: one a core]"
+    "Threads that decode. (default: one a core)"
     max_pixels: int = 178_956_970
     "Images with more pixels than this are failures, told before they are decoded."
     max_failures: str | None = None
@@ -87,7 +87,7 @@ class CardOptions:
     """What a model card would say, for a bare `.onnx`; what is given here also overrides a card."""
 
     task: Task | None = None
-    "What the network does. [default: guessed from its output]"
+    "What the network does. (default: guessed from its output)"
     labels: str | None = None
     "A file of one label a line."
     classes: int | None = None
@@ -131,6 +131,8 @@ class PartitionReport:
 
     partition: int
     ok: int
+    runtime: str
+    precision: str
     failures_by_code: Mapping[str, int] = field(default_factory=dict)
     example_keys: Mapping[str, str] = field(default_factory=dict)
 

@@ -46,11 +46,11 @@ def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[Parti
     output = Output(job.output, job.options)
     refs = partition_reader(job.plan.plan_id, lambda name: output.read_existing(f"{PLAN_FOLDER}/{name}"))
     predictor, tasks = load_predictor(job.model, job.options, meter)
-    notes = {"digest": job.model.digest, "runtime": predictor.runtime, "precision": predictor.precision}
+    notes = {"digest": job.model.digest}
 
     def write(rows: PartitionRows) -> PartitionReport:
         started = time.perf_counter()
-        report = _report(rows)
+        report = _report(rows, predictor)
         table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures)
         report = output.create_part(rows.partition, table, report, notes)
         meter.spend("write", time.perf_counter() - started)
@@ -66,7 +66,6 @@ def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predic
     """Load the network, once per worker."""
     predictor = load(model, options.runtime, options.threads or usable_cores())
     meter.model_loads += 1
-    meter.precision = predictor.precision
     return predictor, rows_for(model, predictor)
 
 
@@ -101,10 +100,11 @@ def _bounded(writes: Iterable["Future[PartitionReport]"]) -> Iterator[PartitionR
         yield write.result()
 
 
-def _report(rows: PartitionRows) -> PartitionReport:
+def _report(rows: PartitionRows, predictor: Predictor) -> PartitionReport:
     codes: dict[str, int] = {}
     examples: dict[str, str] = {}
     for row, failure in sorted(rows.failures.items()):
         codes[failure.code] = codes.get(failure.code, 0) + 1
         examples.setdefault(failure.code, rows.refs[row].key)
-    return PartitionReport(rows.partition, len(rows.refs) - len(rows.failures), codes, examples)
+    ok = len(rows.refs) - len(rows.failures)
+    return PartitionReport(rows.partition, ok, predictor.runtime, predictor.precision, codes, examples)

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Bytes -> array: images."""

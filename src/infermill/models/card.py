@@ -22,7 +22,7 @@ PerChannel = tuple[float, float, float]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Files(_Strict):
@@ -34,16 +34,16 @@ class Files(_Strict):
 class Input(_Strict):
     """The network's input tensor."""
 
-    name: str | None = Field(None, description="Its name; needed where the network has several inputs.")
+    name: str | None = Field(default=None, description="Its name; the network's only input where it is not given.")
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     dtype: Literal["float32", "float16", "uint8"] = "float32"
 
 
 class Resize(_Strict):
-    """How the image is resized, with Pillow's antialiased filters: `shorter` keeps the aspect ratio, `exact` does not."""
+    """How the image is resized, with Pillow's filters: `shorter` keeps the aspect ratio, `exact` does not."""
 
-    shorter: Pixels | None = Field(None, description="Length of the shorter side, in pixels.")
-    exact: HeightWidth | None = Field(None, description="[height, width], in pixels.")
+    shorter: Pixels | None = Field(default=None, description="Length of the shorter side, in pixels.")
+    exact: HeightWidth | None = Field(default=None, description="[height, width], in pixels.")
     filter: Filter = "bilinear"
 
     @model_validator(mode="after")
@@ -86,8 +86,12 @@ class Preprocess(_Strict):
 class Output(_Strict):
     """The network's output tensor, and what is made of it."""
 
-    name: str | None = Field(None, description="Its name; the first output where it is not given.")
-    activation: Activation = Field("none", description="Applied to the output: `none` where the network ends in it.")
+    name: str | None = Field(
+        default=None, description="Its name; where it is not given the first output, and every one for the task raw."
+    )
+    activation: Activation = Field(
+        default="none", description="Applied to the output: `none` where the network ends in it."
+    )
     top_k: Annotated[int, Field(ge=1)] = 5
 
 
@@ -106,8 +110,10 @@ class ModelCard(_Strict):
     input: Input = Input()
     preprocess: Preprocess = Preprocess()
     output: Output = Output()
-    labels: str | tuple[str, ...] | None = Field(None, description="A file of one label a line, or a list.")
-    classes: Annotated[int, Field(ge=1)] | None = Field(None, description="How many classes the network must have.")
+    labels: str | tuple[str, ...] | None = Field(default=None, description="A file of one label a line, or a list.")
+    classes: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="How many classes the network must have."
+    )
 
 
 def parse_card(data: Any, where: str) -> ModelCard:
@@ -121,11 +127,20 @@ def parse_card(data: Any, where: str) -> ModelCard:
     try:
         return ModelCard.model_validate(data)
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            raise ModelError(f"{where}: unknown field `{field}`", _nearest(problem["loc"])) from None
-        raise ModelError(f"{where}: `{field}`: {problem['msg']}", "see docs/model-card.md for every field") from None
+        problems = error.errors()
+        for problem in problems:  # first, since a misspelt field is also a missing one
+            if problem["type"] == "extra_forbidden":
+                field = ".".join(map(str, problem["loc"]))
+                raise ModelError(f"{where}: unknown field `{field}`", _nearest(problem["loc"])) from None
+        reason = "Input should have fields" if problems[0]["type"] == "model_type" else problems[0]["msg"]
+        message = f"{where}: `{_path(problems[0]['loc'])}`: {reason.removeprefix('Value error, ')}"
+        raise ModelError(message, "see docs/model-card.md for every field") from None
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """The field's path, without the names that pydantic gives the alternatives of a union."""
+    names = {path.rpartition(".")[2] for path in _fields(ModelCard)}
+    return ".".join(str(part) for part in loc if isinstance(part, int) or part in names)
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:
@@ -163,7 +178,10 @@ def read_card(path: Path) -> ModelCard:
 def write_card(card: ModelCard) -> str:
     """The card as YAML, without the fields that keep their default."""
     data = card.model_dump(mode="json", exclude_defaults=True)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    if "\x85" in text:  # PyYAML writes this line break unquoted, and reads it back as a space
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+    return text
 
 
 def card_schema() -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from infermill.errors import ModelError
 from infermill.models.card import ModelCard, digest_of, parse_card, read_card
-from infermill.models.onnx import check_network, external_files, external_names, guess_card, inspect_network
+from infermill.models.guess import guess_card
+from infermill.models.onnx import check_network, external_files, external_names, inspect_network
 from infermill.stores import STORE_ERRORS, Location, explain, locate, open_store
 from infermill.types import CardOptions, StoreOptions
 

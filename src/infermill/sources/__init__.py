@@ -1,12 +1,13 @@
 """A source -> batches of object refs, in the order in which they will be predicted."""
 
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
-from infermill.errors import SourceError, UsageError
+from infermill.errors import SourceError, StoreError, UsageError
 from infermill.sources import manifest, objects
 from infermill.stores import Location, explain, locate
 from infermill.types import Source, StoreOptions
@@ -41,26 +42,19 @@ def list_source(
         return manifest.from_stdin()
     location = locate(uri)
     wildcard = _GLOB.search(location.path)
-    if wildcard and not (location.is_local and Path(location.uri).exists()):
+    if wildcard and not _exists(location, options):
         base, pattern = _split_glob(location, wildcard.start())
         if suffix is None and "." in pattern.rpartition("/")[2]:
             suffix = ("",)
         return objects.list_prefix(base, options, _suffixes(suffix), pattern)
-    if location.is_local:
-        path = Path(location.uri)
-        try:
-            is_folder = path.stat() and path.is_dir()
-        except OSError as error:
-            raise explain(error, str(uri)) from None
-    else:
-        is_folder = location.path in {"", location.path.rstrip("/") + "/"}
-    if is_folder:
+    if _is_folder(location):
         return objects.list_prefix(location, options, _suffixes(suffix), "")
     if location.path.lower().endswith(MANIFEST_SUFFIXES):
         return manifest.from_file(location, options)
     if location.is_local:
         return objects.single_file(location)
-    return objects.list_object_or_prefix(location, options, _suffixes(suffix))
+    below = Location(location.scheme, location.container, location.path + "/")
+    return objects.single_object(location, options) or objects.list_prefix(below, options, _suffixes(suffix), "")
 
 
 def canonical(uri: str) -> str:
@@ -68,10 +62,29 @@ def canonical(uri: str) -> str:
     return uri if uri == "-" else locate(uri).uri.rstrip("/")
 
 
+def _exists(location: Location, options: StoreOptions) -> bool:
+    """Whether something is there that is called so: wildcards in its name are then no wildcards."""
+    try:
+        if location.is_local:
+            return Path(location.uri).exists()
+        return not location.path.endswith("/") and objects.single_object(location, options) is not None
+    except (StoreError, OSError):
+        return False  # the listing has the last word
+
+
+def _is_folder(location: Location) -> bool:
+    if not location.is_local:
+        return not location.path or location.path.endswith("/")
+    try:
+        return stat.S_ISDIR(Path(location.uri).stat().st_mode)
+    except OSError as error:
+        raise explain(error, location.uri) from None
+
+
 def _split_glob(location: Location, first_wildcard: int) -> tuple[Location, str]:
     cut = location.path.rfind("/", 0, first_wildcard) + 1
     base = Location(location.scheme, location.container, location.path[:cut])
-    if base.is_local and not Path(base.uri).is_dir():
+    if base.is_local and not _exists(base, StoreOptions()):
         raise SourceError(f"{base.uri} does not exist", "check the part of the glob before the first wildcard")
     return base, location.path[cut:]
 

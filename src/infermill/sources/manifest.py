@@ -1,5 +1,6 @@
 """Manifests: object refs from a list that somebody else made."""
 
+import codecs
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infermill.errors import SourceError
+from infermill.errors import SourceError, UsageError
 from infermill.sources.objects import BATCH_ROWS, LISTING_SCHEMA
-from infermill.stores import STORE_ERRORS, Location, explain, open_reader
+from infermill.stores import STORE_ERRORS, Location, explain, locate, open_reader, open_store
 from infermill.types import Source, StoreOptions
 
 KEY_COLUMNS = ("uri", "url", "key", "path")
@@ -19,40 +21,59 @@ KEY_COLUMNS = ("uri", "url", "key", "path")
 
 def from_stdin() -> tuple[Source, Iterator[pa.RecordBatch]]:
     """One URI or path a line on standard input; relative paths hang below the current folder."""
-    return Source(str(Path.cwd()), keys_are_uris=True), _lines(sys.stdin.buffer, "standard input")
+    return Source(str(Path.cwd()), keys_are_uris=True), _checked(_lines(sys.stdin.buffer), "standard input")
 
 
 def from_file(location: Location, options: StoreOptions) -> tuple[Source, Iterator[pa.RecordBatch]]:
     """A text manifest, or a Parquet one with a column `uri` (or url, key, path) and maybe `size` and `etag`."""
-    source = Source(str(Path.cwd()), keys_are_uris=True)
+    return Source(str(Path.cwd()), keys_are_uris=True), _checked(_batches(location, options), location.uri)
+
+
+def _batches(location: Location, options: StoreOptions) -> Iterator[pa.RecordBatch]:
+    with open_reader(location, open_store(location, options)) as reader:
+        if location.path.lower().endswith(".parquet"):
+            yield from _rows(reader, location.uri)
+        else:
+            yield from _lines(reader)
+
+
+def _checked(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pa.RecordBatch]:
+    """The same batches: what cannot be read or understood is told with the manifest's name, before the job starts."""
     try:
-        reader = open_reader(location, options)
+        for batch in batches:
+            for root in pc.unique(pc.extract_regex(batch["key"], r"(?s)^(?P<root>[^/]*://[^/]*)").field("root")):
+                if root.is_valid:
+                    locate(f"{root.as_py()}/")
+            yield batch
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{where} is not UTF-8: {error}", "write the manifest as UTF-8, one URI a line") from None
+    except UsageError as error:
+        raise SourceError(f"{where}: {error.message}", error.hint) from None
+    except pa.ArrowException as error:
+        raise SourceError(f"{where} cannot be read: {error}", "a text manifest must end in .txt") from None
     except STORE_ERRORS as error:
-        raise explain(error, location.uri) from None
-    if location.path.lower().endswith(".parquet"):
-        return source, _rows(reader, location.uri)
-    return source, _lines(reader, location.uri)
+        raise explain(error, where) from None
 
 
-def _lines(lines: Iterable[bytes], where: str) -> Iterator[pa.RecordBatch]:
-    keys = (line.rstrip(b"\r\n") for line in lines)
+def _lines(lines: Iterable[bytes]) -> Iterator[pa.RecordBatch]:
+    keys = (line.rstrip(b"\r\n") for line in _without_mark(lines))
     filled = (key for key in keys if key)
     while batch := list(islice(filled, BATCH_ROWS)):
-        try:
-            names = pa.array([key.decode() for key in batch], pa.string())
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{where} is not UTF-8: {error}", "write the manifest as UTF-8, one URI a line") from None
         unknown = len(batch)
+        names = pa.array([key.decode() for key in batch], pa.string())
         yield pa.record_batch(
             [names, pa.array([-1] * unknown, pa.int64()), pa.nulls(unknown, pa.string())], schema=LISTING_SCHEMA
         )
 
 
+def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines without the byte order mark that Windows programs begin a file with."""
+    for number, line in enumerate(lines):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+
+
 def _rows(reader: BinaryIO, where: str) -> Iterator[pa.RecordBatch]:
-    try:
-        file = pq.ParquetFile(reader)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{where} is not a Parquet file: {error}", "a text manifest must end in .txt") from None
+    file = pq.ParquetFile(reader)
     names = file.schema_arrow.names
     key = next((name for name in KEY_COLUMNS if name in names), None)
     if key is None:

@@ -1,0 +1,469 @@
+"""Image files -> uint8 RGB arrays of the network's size.
+
+    bytes ─► header: format, pixel count ─► simplejpeg | Pillow ─► upright RGB ─► resize ─► centre crop
+
+The profile `exact` gives, bit for bit, what the pipeline gives that networks are usually trained with:
+
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    image.resize((width, height), filter).crop(box)
+
+but for these: 16-bit grey is scaled (`>> 8`) where Pillow clips it; JPEG data that are damaged are refused where
+Pillow makes up the rest; damaged EXIF counts as upright; samples of 12 or 32 bits, signed or floating point, whose
+range is not known, are refused. Alpha is dropped. Of several pictures in a file, the first one counts.
+
+The profile `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where that leaves at least twice the resized size,
+and resizes with SIMD. See docs and tests/test_decode.py for how far that is from `exact`.
+"""
+
+import io
+import math
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, cast
+
+import numpy as np
+import simplejpeg
+from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import Resampling, Transpose
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from infermill.errors import BadInputError
+from infermill.models.card import Filter, Preprocess, Resize
+from infermill.types import DecodeProfile, FailureCode
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+Pixels = NDArray[np.uint8]
+Decode = Callable[["ReadableBuffer"], Pixels]
+
+MAX_PIXELS = 178_956_970
+"Pillow's own limit, beyond which it calls an image a decompression bomb."
+
+_JPEG = b"\xff\xd8\xff"
+# Classes, because Image.open warns from half of its limit on.
+_READERS: dict[bytes, type[ImageFile.ImageFile]] = {
+    _JPEG: JpegImageFile,  # and MPO, whose first picture is a JPEG like any other
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"GIF87a": GifImageFile,
+    b"GIF89a": GifImageFile,
+    b"RIFF": WebPImageFile,
+    b"BM": BmpImageFile,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+"), TiffImageFile),
+}
+_LOOKS_LIKE = {
+    rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)": "HTML",
+    rb"(\xef\xbb\xbf)?\s*<svg": "SVG",
+    rb"(\xef\xbb\xbf)?\s*<(\?xml|Error>)": "XML",
+    rb"(\xef\xbb\xbf)?\s*[{\[]": "JSON",
+    rb"%PDF": "PDF",
+    rb"8BPS": "a Photoshop document",
+    rb"(?s)....ftyp(hei|hev|mif|msf)": "HEIC",
+    rb"(?s)....ftypavi": "AVIF",
+    rb"(?s)....ftyp": "a video",
+    rb"RIFF": "sound or video (RIFF)",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
+    rb"\0\0\0\x0cJXL |\xff\x0a": "JPEG XL",
+    rb"\0\0\x01\0": "an icon (ICO)",
+    rb"PK\x03\x04": "a ZIP archive",
+    rb"\x1f\x8b": "gzip",
+    rb"\x93NUMPY": "a NumPy array",
+    rb"[^\0-\x08\x0e-\x1f\x7f]+\Z": "text",
+}
+# What Pillow raises on damaged files. MemoryError is not among them: it says more about the machine.
+_DAMAGE = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+_SIDEWAYS = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90}
+# Pillow's filter, how many pixels of the smaller image it reaches, and the same filter of cykooz.
+_FILTERS: dict[Filter, tuple[Resampling, float, FilterType | None]] = {
+    "nearest": (Resampling.NEAREST, 0.0, None),
+    "box": (Resampling.BOX, 0.5, FilterType.box),
+    "bilinear": (Resampling.BILINEAR, 1.0, FilterType.bilinear),
+    "hamming": (Resampling.HAMMING, 1.0, None),
+    "bicubic": (Resampling.BICUBIC, 2.0, FilterType.catmull_rom),
+    "lanczos": (Resampling.LANCZOS, 3.0, FilterType.lanczos3),
+}
+
+
+class _Picture(NamedTuple):
+    """Upright RGB pixels, the size that they stand for, and by how much they were decoded smaller than that."""
+
+    pixels: Pixels
+    width: int
+    height: int
+    divisor: int = 1
+
+
+class _Axis(NamedTuple):
+    """One side of an image, in pixels: its length before and after resizing, the range [first, stop) of the latter
+    that is kept, and its place in the result: the border in front of it and the length of it all.
+    """
+
+    before: int
+    after: int
+    first: int
+    stop: int
+    border: int
+    length: int
+
+    @property
+    def kept(self) -> slice:
+        return slice(self.first, self.stop)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.first
+
+    def reach(self, support: float) -> slice:
+        """The input pixels that a filter reads for the kept ones, and a few more."""
+        if self.before == self.after:
+            return self.kept
+        scale = self.before / self.after
+        margin = support * max(scale, 1.0) + 1.0
+        first = math.floor((self.first + 0.5) * scale - margin)
+        stop = math.ceil((self.stop - 0.5) * scale + margin)
+        return slice(max(first, 0), min(stop, self.before))
+
+    def edges(self) -> tuple[float, float]:
+        """The kept range in input pixels."""
+        return self.first * self.before / self.after, self.stop * self.before / self.after
+
+    def exact_edges(self) -> tuple[float, float] | None:
+        """`edges()`, where float32, in which Pillow takes them, holds them without rounding."""
+        denominator = self.after // math.gcd(self.before, self.after)
+        is_binary = denominator & (denominator - 1) == 0
+        edges = self.edges()
+        return edges if is_binary and all(float(np.float32(edge)) == edge for edge in edges) else None
+
+
+def image_decoder(preprocess: Preprocess, profile: DecodeProfile = "exact", max_pixels: int = MAX_PIXELS) -> Decode:
+    """A function from the bytes of an image file to uint8 RGB [height, width, 3], resized and cropped.
+
+    It may be called from many threads at once; the GIL is released while pixels are decoded and resized.
+    It raises BadInputError with the stage `decode` and the code `empty`, `unsupported`, `truncated`, `corrupt` or
+    `too_large`, and nothing else.
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> from infermill.models.card import Crop, Preprocess, Resize
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (500, 375), "teal").save(file, "JPEG")
+        >>> decode = image_decoder(Preprocess(resize=Resize(shorter=256), crop=Crop(center=(224, 224))))
+        >>> decode(file.getvalue()).shape
+        (224, 224, 3)
+    """
+
+    def decode(data: "ReadableBuffer") -> Pixels:
+        content = bytes(data)
+        picture = _read_jpeg(content, preprocess, profile, max_pixels) if content.startswith(_JPEG) else None
+        return _fit(picture or _read(content, max_pixels), preprocess, profile, max_pixels)
+
+    return decode
+
+
+def prepare(image: Image.Image, preprocess: Preprocess, profile: DecodeProfile = "exact") -> Pixels:
+    """What `image_decoder` makes of a Pillow image of any mode: uint8 RGB [height, width, 3]; raises BadInputError.
+
+    Example:
+        >>> from infermill.models.card import Crop
+        >>> prepare(Image.new("L", (3, 5), 7), Preprocess(crop=Crop(center=(1, 1)))).tolist()
+        [[[7, 7, 7]]]
+    """
+    with _pillow(b""):
+        picture = _upright_rgb(image)
+    return _fit(picture, preprocess, profile, MAX_PIXELS)
+
+
+def prepare_array(array: NDArray[Any], preprocess: Preprocess, profile: DecodeProfile = "exact") -> Pixels:
+    """Resize and crop a uint8 array, RGB [height, width, 3] or grey [height, width], to uint8 RGB [height, width, 3].
+
+    Raises BadInputError with the code `unsupported` for another shape or dtype, `empty` where there are no pixels.
+
+    Example:
+        >>> from infermill.models.card import Resize
+        >>> prepare_array(np.zeros((9, 9), np.uint8), Preprocess(resize=Resize(exact=(4, 6)))).shape
+        (4, 6, 3)
+    """
+    if array.dtype != np.uint8 or array.ndim not in {2, 3} or array.shape[2:] not in {(), (3,)}:
+        wanted = "uint8 [height, width, 3] or [height, width]"
+        _refuse("unsupported", f"an array {array.dtype} {list(array.shape)}, where {wanted} is wanted")
+    if array.size == 0:
+        _refuse("empty", f"an array without pixels: {list(array.shape)}")
+    rgb = array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2)
+    return _fit(_Picture(rgb, rgb.shape[1], rgb.shape[0]), preprocess, profile, MAX_PIXELS)
+
+
+def _refuse(code: FailureCode, message: str) -> NoReturn:
+    raise BadInputError("decode", code, message)
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        _refuse("too_large", f"{width} x {height} pixels, where {max_pixels} are allowed")
+
+
+def _read_jpeg(data: bytes, preprocess: Preprocess, profile: DecodeProfile, max_pixels: int) -> _Picture | None:
+    """Decode with simplejpeg; None where it objects, and Pillow has to decide."""
+    try:
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(width, height, max_pixels)
+        turn = _TURNS.get(_jpeg_orientation(data))
+        size = (height, width) if turn in _SIDEWAYS else (width, height)
+        divisor = _divisor(*size, turn, preprocess) if profile == "fast" else 1
+        mode = "CMYK" if color_space in {"CMYK", "YCCK"} else "RGB"
+        pixels = simplejpeg.decode_jpeg(data, mode, min_height=-(-height // divisor), min_width=-(-width // divisor))
+    except KeyError:
+        # Chroma subsampling that simplejpeg has no name for, such as 4:4:1.
+        return None
+    except ValueError as error:
+        if "Premature end of JPEG file" in str(error):
+            _refuse("truncated", "the JPEG data end before the image does")
+        if "Corrupt JPEG data" in str(error) and "extraneous" not in str(error):
+            _refuse("corrupt", str(error))
+        return None
+    if mode == "CMYK":
+        # Adobe stores it inverted, and everybody after it.
+        pixels = np.asarray(Image.frombytes("CMYK", pixels.shape[1::-1], pixels, "raw", "CMYK;I").convert("RGB"))
+    if turn is not None:
+        pixels = np.asarray(Image.fromarray(pixels).transpose(turn))
+    return _Picture(pixels, *size, divisor)
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """The orientation; Pillow is asked only where the header holds metadata (APP1), or is not plain."""
+    at = 2
+    while data[at : at + 2] != b"\xff\xda":
+        if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] in {b"\xe1", b"\xff"}:
+            with _pillow(data):
+                return _orientation(JpegImageFile(io.BytesIO(data)))
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 1
+
+
+def _divisor(width: int, height: int, turn: Transpose | None, preprocess: Preprocess) -> int:
+    """By how much a JPEG can be decoded smaller and still be at least twice as large as its resized size."""
+    axes = _axes(width, height, preprocess)
+    for divisor in (8, 4, 2):
+        # A partial block sticks out at the right and at the bottom; turned, it would shift the picture.
+        is_whole = width % divisor == height % divisor == 0
+        if (is_whole or turn is None) and all(axis.before >= 2 * divisor * axis.after for axis in axes):
+            return divisor
+    return 1
+
+
+def _read(data: bytes, max_pixels: int) -> _Picture:
+    if not data:
+        _refuse("empty", "0 bytes")
+    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+    if reader is None or (reader is WebPImageFile and data[8:12] != b"WEBP"):
+        look = next((name for pattern, name in _LOOKS_LIKE.items() if re.match(pattern, data[:256])), None)
+        _refuse("unsupported", f"looks like {look}" if look else f"no image format begins with {data[:8].hex(' ')}")
+    with _pillow(data):
+        image = reader(io.BytesIO(data))
+        _check_pixels(*image.size, max_pixels)
+        return _upright_rgb(image)
+
+
+def _upright_rgb(image: Image.Image) -> _Picture:
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    if image.mode.startswith("I;16"):
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        if tags.get(BITSPERSAMPLE, (16,)) != (16,) or tags.get(PHOTOMETRIC_INTERPRETATION, 1) != 1:
+            _refuse("unsupported", "grey TIFF of 12 bits, or of 16 bits with 0 as white")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"I", "F"}:
+        _refuse("unsupported", "samples of 32 bits, or signed, whose range is not known")
+    if "transparency" in image.info:
+        # Its conversion can fail, and it is dropped anyway.
+        image = image.copy()
+        del image.info["transparency"]
+    rgb = image.convert("RGB")
+    upright = rgb if turn is None else rgb.transpose(turn)
+    return _Picture(np.asarray(upright), *upright.size)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return cast(int, image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DAMAGE:
+        return 1
+
+
+class _StrictAndSilent:
+    """Two settings of the process, held while any thread reads with Pillow: no tolerance for truncated files, which
+    another library may have switched on, and no warnings about metadata.
+
+    They are counted. Threads that saved and restored them one by one would restore what another one had set.
+    """
+
+    _SILENCE = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._was_tolerant = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads += 1
+            if ImageFile.LOAD_TRUNCATED_IMAGES:
+                self._was_tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = True, False
+            # Without warnings.filterwarnings, which makes the process forget which warnings it has already shown.
+            filters = cast(list[Any], warnings.filters)
+            if filters[:1] != [self._SILENCE]:
+                filters.insert(0, self._SILENCE)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                if self._was_tolerant:
+                    self._was_tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = False, True
+                filters = cast(list[Any], warnings.filters)
+                filters[:] = [entry for entry in filters if entry != self._SILENCE]
+
+
+_STRICT_AND_SILENT = _StrictAndSilent()
+
+
+@contextmanager
+def _pillow(data: bytes) -> Iterator[None]:
+    """Pillow at work on `data`: what it raises becomes BadInputError."""
+    with _STRICT_AND_SILENT:
+        try:
+            yield
+        except Image.DecompressionBombError as error:
+            _refuse("too_large", str(error))
+        except _DAMAGE as error:
+            message = str(error) or type(error).__name__
+            if re.search("cannot handle|nsupported|not supported|unknown pixel mode|not available", message):
+                _refuse("unsupported", message)
+            _refuse("truncated" if "runcated" in message or _ends_early(data) else "corrupt", message)
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a file is shorter than it says, where that can be told without decoding it."""
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data
+    if data.startswith(b"GIF8"):
+        return not data.rstrip(b"\0").endswith(b";")
+    if data.startswith(b"RIFF"):
+        return 8 + int.from_bytes(data[4:8], "little") > len(data)
+    if data[2:4] in {b"*\0", b"\0*"}:
+        order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+        directory = int.from_bytes(data[4:8], order)
+        entries = int.from_bytes(data[directory : directory + 2], order)
+        return directory + 2 + 12 * entries + 4 > len(data)
+    return data.startswith(_JPEG) and b"\xff\xd9" not in data
+
+
+def _axes(width: int, height: int, preprocess: Preprocess) -> tuple[_Axis, _Axis]:
+    """Columns and rows, by the rules of torchvision's Resize and CenterCrop."""
+    after_width, after_height = _resized(width, height, preprocess.resize)
+    crop_height, crop_width = preprocess.crop.center if preprocess.crop else (after_height, after_width)
+    return _axis(width, after_width, crop_width), _axis(height, after_height, crop_height)
+
+
+def _resized(width: int, height: int, resize: Resize | None) -> tuple[int, int]:
+    if resize is None:
+        return width, height
+    if resize.exact is not None:
+        return resize.exact[1], resize.exact[0]
+    shorter = cast(int, resize.shorter)
+    if width <= height:
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
+
+
+def _axis(before: int, after: int, crop: int) -> _Axis:
+    if crop >= after:
+        return _Axis(before, after, 0, after, (crop - after) // 2, crop)
+    first = round((after - crop) / 2)
+    return _Axis(before, after, first, first + crop, 0, crop)
+
+
+def _fit(picture: _Picture, preprocess: Preprocess, profile: DecodeProfile, max_pixels: int) -> Pixels:
+    """Resize, crop and put a black border around what is smaller than the crop."""
+    columns, rows = _axes(picture.width, picture.height, preprocess)
+    _check_pixels(columns.after, max(rows.before, rows.after), max_pixels)
+    resample, support, fast = _FILTERS[preprocess.resize.filter if preprocess.resize else "nearest"]
+    if columns.before == columns.after and rows.before == rows.after:
+        kept = picture.pixels[rows.kept, columns.kept]
+    elif profile == "fast" and fast is not None:
+        kept = _resize_fast(picture, columns, rows, fast)
+    elif resample == Resampling.NEAREST or _are_rows_first(columns, rows):
+        resized = Image.fromarray(picture.pixels).resize((columns.after, rows.after), resample)
+        kept = np.asarray(resized)[rows.kept, columns.kept]
+    else:
+        kept = _resize_exactly(picture.pixels, columns, rows, resample, support)
+    if (rows.size, columns.size) == (rows.length, columns.length):
+        return np.ascontiguousarray(kept)
+    canvas = np.zeros((rows.length, columns.length, 3), np.uint8)
+    canvas[rows.border : rows.border + rows.size, columns.border : columns.border + columns.size] = kept
+    return canvas
+
+
+def _are_rows_first(columns: _Axis, rows: _Axis) -> bool:
+    """Whether Pillow resizes rows before columns; the condition holds wherever any Pillow from 12 to 13 does so."""
+    loss = rows.before - rows.after
+    return loss > 0 and (loss > 2 * (columns.before - columns.after) or rows.before > 100 * columns.before)
+
+
+def _resize_exactly(rgb: Pixels, columns: _Axis, rows: _Axis, resample: Resampling, support: float) -> Pixels:
+    """What resizing the whole and cropping gives, bit for bit, without most of what the crop drops.
+
+    Pillow resizes the columns, rounds to 8 bits, and then resizes the rows, so that two calls do what one does:
+
+        ┌───────────────┐ columns ┌───┬──────┬──┐ kept  ┌──────┐ rows ┌──────┐
+        │▒▒▒▒ reach ▒▒▒▒│ ──────► │▒▒▒│▒▒▒▒▒▒│▒▒│ ────► │▒▒▒▒▒▒│ ───► │ kept │
+        └───────────────┘         └───┴──────┴──┘       └──────┘      └──────┘
+    """
+    reach, first = rows.reach(support), 0
+    if columns.before == columns.after:
+        band = Image.fromarray(rgb[reach, columns.kept])
+    else:
+        band = Image.fromarray(rgb[reach])
+        if edges := columns.exact_edges():
+            band = band.resize((columns.size, band.height), resample, (edges[0], 0, edges[1], band.height))
+        else:
+            band, first = band.resize((columns.after, band.height), resample), columns.first
+    if rows.before == rows.after:
+        return np.asarray(band)[:, first : first + columns.size]
+    # The weights depend on the height of it all: the rows out of reach stay, and stay black.
+    strip = Image.new("RGB", (columns.size, rows.before))
+    strip.paste(band, (-first, reach.start))
+    if edges := rows.exact_edges():
+        return np.asarray(strip.resize((columns.size, rows.size), resample, (0, edges[0], columns.size, edges[1])))
+    return np.asarray(strip.resize((columns.size, rows.after), resample))[rows.kept]
+
+
+def _resize_fast(picture: _Picture, columns: _Axis, rows: _Axis, kernel: FilterType) -> Pixels:
+    height, width = picture.pixels.shape[:2]
+    left, right = (edge / picture.divisor for edge in columns.edges())
+    top, bottom = (edge / picture.divisor for edge in rows.edges())
+    box = CropBox(left, top, min(right, width) - left, min(bottom, height) - top)
+    source = ImageData(width, height, PixelType.U8x3, picture.pixels.tobytes())
+    made = ImageData(columns.size, rows.size, PixelType.U8x3)
+    Resizer().resize(source, made, ResizeOptions(ResizeAlg.convolution(kernel), crop_box=box))
+    return np.frombuffer(made.get_buffer(), np.uint8).reshape(rows.size, columns.size, 3)

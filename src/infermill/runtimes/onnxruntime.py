@@ -1,0 +1,84 @@
+"""ONNX Runtime: on the processor, or on an NVIDIA GPU where onnxruntime-gpu finds one."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infermill.models.executable import executable
+from infermill.models.model import Model
+from infermill.runtimes import Arrays, Predictor, in_pieces, refused, warm_up
+
+# From its import on, ONNX Runtime sends events to Microsoft, and leaves a device id in the home directory.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+CUDA = "CUDAExecutionProvider"
+MAX_STREAMS = 8
+BATCH_SIZE = 8
+CUDA_STREAMS = 2
+CUDA_BATCH_SIZE = 64
+SEVERITY_ERROR = 3
+_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+def load(model: Model, threads: int) -> Predictor:
+    """Start a session for `model` in fp32, on the GPU if there is one.
+
+    Raises:
+        ModelError: the network does not fit its card, or has an operator that ONNX Runtime lacks.
+    """
+    streams = min(threads, MAX_STREAMS)
+    with executable(model) as graph:
+        try:
+            session = _session(graph.network, streams, threads)
+            device = "cuda" if CUDA in session.get_providers() else "cpu"
+            batch_size = graph.fixed_batch or (CUDA_BATCH_SIZE if device == "cuda" else BATCH_SIZE)
+            input_name = session.get_inputs()[0].name
+
+            def infer(batch: NDArray[np.uint8]) -> Arrays:
+                return tuple(session.run(list(graph.output_names), {input_name: batch}))
+
+            warm_up(infer, graph, batch_size, model, "onnxruntime")
+        except _ERRORS as error:
+            raise refused(model, "onnxruntime", str(error).split(" : ", 3)[-1]) from None
+    return Predictor(
+        run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
+        input_shape=graph.input_shape,
+        output_names=graph.output_names,
+        batch_size=batch_size,
+        streams=CUDA_STREAMS if device == "cuda" else streams,
+        runtime="onnxruntime",
+        device=device,
+        precision="fp32",
+    )
+
+
+def _session(network: bytes | Path, streams: int, threads: int) -> Any:
+    options = ort.SessionOptions()
+    # The threads that call are the first to compute; the pool of the session adds those that are left.
+    options.intra_op_num_threads = threads - streams + 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = SEVERITY_ERROR
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if CUDA in ort.get_available_providers():
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()
+        # TF32, which ONNX Runtime takes by itself, has 10 bits of mantissa.
+        providers.insert(0, (CUDA, {"use_tf32": "0"}))
+    return ort.InferenceSession(network if isinstance(network, bytes) else str(network), options, providers=providers)

@@ -1,0 +1,88 @@
+"""OpenVINO: the fastest on most processors."""
+
+import sys
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infermill.models.executable import executable
+from infermill.models.model import Model
+from infermill.runtimes import Arrays, Predictor, in_pieces, refused, warm_up
+
+# With this package, `import openvino` tells Google Analytics of each import, and leaves a folder in the home directory.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino as ov  # noqa: E402
+
+MAX_STREAMS = 8
+BATCH_SIZE = 8
+# Lines of an OpenVINO error that tell its developers where, and nobody what.
+_NOISE = ("Exception from", "Check '", "FrontEnd API", "Summary:", "To facilitate", "Loading input model")
+
+
+def load(model: Model, threads: int) -> Predictor:
+    """Compile `model` for the processor, in fp32.
+
+    Raises:
+        ModelError: the network does not fit its card, or has an operator that OpenVINO lacks.
+    """
+    streams = min(threads, MAX_STREAMS)
+    with executable(model) as graph:
+        batch_size = graph.fixed_batch or BATCH_SIZE
+        try:
+            requests = _compile(graph.network, streams, threads)
+            infer = _Pool(requests, len(graph.output_names))
+            warm_up(infer, graph, batch_size, model, "openvino")
+        except RuntimeError as error:
+            raise refused(model, "openvino", _reason(error)) from None
+    return Predictor(
+        run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
+        input_shape=graph.input_shape,
+        output_names=graph.output_names,
+        batch_size=batch_size,
+        streams=streams,
+        runtime="openvino",
+        device="cpu",
+        precision="fp32",
+    )
+
+
+def _compile(network: bytes | Path, streams: int, threads: int) -> "SimpleQueue[Any]":
+    core = ov.Core()
+    settings = {
+        # Without it a processor that has bf16 computes in bf16.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": threads,
+        # Two workers on one host would be pinned to the same cores.
+        "ENABLE_CPU_PINNING": False,
+    }
+    compiled = core.compile_model(core.read_model(network), "CPU", settings)
+    requests: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(streams):
+        requests.put(compiled.create_infer_request())
+    return requests
+
+
+class _Pool:
+    """Infer requests, each used by one thread at a time."""
+
+    def __init__(self, requests: "SimpleQueue[Any]", outputs: int) -> None:
+        self._requests = requests
+        self._outputs = outputs
+
+    def __call__(self, batch: NDArray[np.uint8]) -> Arrays:
+        request = self._requests.get()
+        try:
+            results = request.infer({0: batch}, share_inputs=True, share_outputs=False)
+            return tuple(results[index] for index in range(self._outputs))
+        finally:
+            self._requests.put(request)
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(_NOISE)) or str(error)

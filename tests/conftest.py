@@ -1,0 +1,91 @@
+"""Fixtures that several test files share; servers are started when the first test asks for them."""
+
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+
+from tests.servers import AuthServer, Bucket, ScriptedStore, connect, run_ministack, run_moto_with_authentication
+
+NOBODY = 65534
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an S3 server that takes every credential."""
+    with run_ministack(tmp_path_factory.mktemp("ministack")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def moto_auth_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AuthServer]:
+    """An S3 server that refuses wrong credentials."""
+    with run_moto_with_authentication(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture
+def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Credentials as environment variables, and nothing else that this machine knows of AWS."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
+    return monkeypatch
+
+
+@pytest.fixture
+def bucket(s3_server: str, aws_environment: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A new, empty bucket."""
+    client = connect(s3_server)
+    name = f"bucket-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=name)
+    yield Bucket(s3_server, name, client)
+    client.close()
+
+
+@pytest.fixture
+def scripted_store(aws_environment: pytest.MonkeyPatch) -> Iterator[ScriptedStore]:
+    """A store that answers as a test tells it to."""
+    store = ScriptedStore()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def careless_store(aws_environment: pytest.MonkeyPatch) -> Iterator[ScriptedStore]:
+    """A store that ignores If-None-Match when it is written to."""
+    store = ScriptedStore(honours_conditions=False)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def unprivileged() -> Callable[[], AbstractContextManager[None]]:
+    """While it is entered, file permissions count, even where the tests are run as root."""
+
+    @contextmanager
+    def as_nobody() -> Iterator[None]:
+        os.seteuid(NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return as_nobody if os.geteuid() == 0 else nullcontext
+
+
+@pytest.fixture
+def shared_path() -> Iterator[Path]:
+    """A new folder like `tmp_path`, which others may enter, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

@@ -1,0 +1,238 @@
+"""The model card: what it accepts, what it says when it does not, and what its digest covers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from infermill.errors import ModelError
+from infermill.models.card import ModelCard, card_schema, digest_of, parse_card, read_card, write_card
+
+SCHEMA_FILE = Path(__file__).parents[1] / "docs" / "model-card.schema.json"
+VALIDATOR = jsonschema.Draft202012Validator(card_schema())
+EXAMPLE = """
+name: resnet18
+files: {onnx: resnet18.onnx}
+task: classification
+input: {name: data, layout: NCHW, dtype: float32}
+preprocess:
+  color: RGB
+  resize: {shorter: 256, filter: bilinear}
+  crop: {center: [224, 224]}
+  scale: 0.00392156862745098
+  mean: [0.485, 0.456, 0.406]
+  std: [0.229, 0.224, 0.225]
+output: {activation: softmax, top_k: 5}
+labels: synset.txt
+"""
+
+
+def card(**fields: Any) -> ModelCard:
+    return parse_card({"name": "tiny", "files": {"onnx": "tiny.onnx"}, **fields}, "model.yaml")
+
+
+def test_the_example_of_the_documentation_is_a_card() -> None:
+    example = parse_card(yaml.safe_load(EXAMPLE), "model.yaml")
+    assert example.preprocess.height_width == (224, 224)
+    assert example.output.top_k == 5
+    assert example.labels == "synset.txt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "hint"),
+    [
+        ({"lables": "x"}, "unknown field `lables`", "did you mean `labels`?"),
+        ({"mean": [0, 0, 0]}, "unknown field `mean`", "did you mean `preprocess.mean`?"),
+        ({"topk": 1}, "unknown field `topk`", "did you mean `output.top_k`?"),
+        ({"preprocess": {"main": 1}}, "unknown field `preprocess.main`", "did you mean `preprocess.mean`?"),
+        ({"preprocess": {"activation": "none"}}, "`preprocess.activation`", "did you mean `output.activation`?"),
+        ({"preprocess": {"crop": {"centre": [2, 2]}}}, "`preprocess.crop.centre`", "`preprocess.crop.center`?"),
+        ({"nam": "x", "name": None}, "unknown field `nam`", "did you mean `name`?"),
+        ({"zzz": 1}, "unknown field `zzz`", "known fields here: classes, files, input, labels, name"),
+        ({"files": {"onnx": "a", "w": "b"}}, "unknown field `files.w`", "known fields here: onnx"),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(fields: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        card(**fields)
+    assert message in caught.value.message
+    assert caught.value.message.startswith("model.yaml: ")
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preprocess": {"resize": {"shorter": 3, "exact": [1, 2]}}}, "`preprocess.resize`: give either `shorter` or"),
+        ({"preprocess": {"resize": {}}}, "`preprocess.resize`: give either `shorter` or `exact`"),
+        ({"preprocess": {"resize": 256}}, "`preprocess.resize`: Input should have fields"),
+        ({"preprocess": {"crop": {"center": [0, 5]}}}, "`preprocess.crop.center.0`: Input should be greater"),
+        ({"preprocess": {"mean": [1, 2]}}, "`preprocess.mean.2`: Field required"),
+        ({"preprocess": {"std": [1, 0, 1]}}, "`preprocess`: `std` must not be 0"),
+        ({"preprocess": {"scale": "1/255"}}, "`preprocess.scale`: Input should be a valid number"),
+        ({"preprocess": {"scale": float("nan")}}, "`preprocess.scale`: Input should be a finite number"),
+        ({"task": "segmentation"}, "`task`: Input should be 'classification', 'embedding' or 'raw'"),
+        ({"output": {"top_k": 0}}, "`output.top_k`: Input should be greater than or equal to 1"),
+        ({"input": {"layout": "CHW"}}, "`input.layout`: Input should be 'NCHW' or 'NHWC'"),
+        ({"labels": 5}, "`labels`: Input should be a valid string"),
+        ({"classes": 0}, "`classes`: Input should be greater than or equal to 1"),
+        ({"name": 5}, "`name`: Input should be a valid string"),
+        ({"files": {}}, "`files.onnx`: Field required"),
+    ],
+)
+def test_a_wrong_value_names_its_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        card(**fields)
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- list\n", "is not a model card"),
+        (b"", "is not a model card"),
+        (b"name: [", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"x" * (1 << 20) + b"x", "is larger than 1 MiB"),
+    ],
+)
+def test_a_file_that_is_no_card_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=message) as caught:
+        read_card(path)
+    assert str(path) in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+# --- digest
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> dict[str, Path]:
+    (tmp_path / "tiny.onnx").write_bytes(b"graph")
+    (tmp_path / "tiny.bin").write_bytes(b"weights")
+    return {"onnx": tmp_path / "tiny.onnx", "tiny.bin": tmp_path / "tiny.bin"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task": "raw"},
+        {"input": {"name": "data"}},
+        {"input": {"layout": "NHWC"}},
+        {"input": {"dtype": "float16"}},
+        {"preprocess": {"color": "BGR"}},
+        {"preprocess": {"resize": {"shorter": 256}}},
+        {"preprocess": {"resize": {"exact": [256, 256]}}},
+        {"preprocess": {"resize": {"shorter": 256, "filter": "bicubic"}}},
+        {"preprocess": {"crop": {"center": [224, 224]}}},
+        {"preprocess": {"scale": 0.5}},
+        {"preprocess": {"mean": [0, 0, 1]}},
+        {"preprocess": {"std": [1, 1, 2]}},
+        {"output": {"name": "logits"}},
+        {"output": {"activation": "softmax"}},
+        {"output": {"top_k": 4}},
+    ],
+)
+def test_the_digest_covers_each_field_that_predictions_depend_on(
+    fields: dict[str, Any], weights: dict[str, Path]
+) -> None:
+    assert digest_of(card(**fields), None, weights) != digest_of(card(), None, weights)
+
+
+def test_the_digest_covers_labels_and_the_bytes_of_every_file(weights: dict[str, Path]) -> None:
+    digests = {digest_of(card(), None, weights), digest_of(card(), ("a", "b"), weights)}
+    digests |= {digest_of(card(), ("ab",), weights), digest_of(card(), ("b", "a"), weights)}
+    digests |= {digest_of(card(), None, {"onnx": weights["onnx"]})}
+    digests |= {digest_of(card(), None, {"onnx": weights["tiny.bin"], "tiny.bin": weights["onnx"]})}
+    for path in weights.values():
+        path.write_bytes(path.read_bytes() + b"!")
+        digests.add(digest_of(card(), None, weights))
+    assert len(digests) == 8
+    assert all(digest.startswith("sha256:") and len(digest) == 71 for digest in digests)
+
+
+def test_the_digest_does_not_depend_on_names_and_paths(weights: dict[str, Path], tmp_path: Path) -> None:
+    moved = weights["onnx"].rename(tmp_path / "moved.onnx")
+    before = digest_of(card(labels="a.txt"), ("a",), {**weights, "onnx": moved})
+    renamed = card(name="other", files={"onnx": "moved.onnx"}, labels=["a"], classes=1)
+    assert digest_of(renamed, ("a",), {"tiny.bin": weights["tiny.bin"], "onnx": moved}) == before
+
+
+# --- JSON Schema
+
+
+def test_the_published_schema_is_current() -> None:
+    assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == card_schema(), "write card_schema() there"
+
+
+def test_the_schema_accepts_the_example_and_refuses_unknown_fields() -> None:
+    VALIDATOR.check_schema(card_schema())
+    example = yaml.safe_load(EXAMPLE)
+    VALIDATOR.validate(example)
+    for broken in (
+        {**example, "lables": "x"},
+        {**example, "preprocess": {**example["preprocess"], "main": 1}},
+        {**example, "output": {"activation": "relu"}},
+        {"name": "no files"},
+    ):
+        assert not VALIDATOR.is_valid(broken)
+
+
+# --- YAML
+
+pixels = st.integers(1, 65_535)
+numbers = st.floats(-1e6, 1e6)
+texts = st.text(max_size=30)
+channels = st.tuples(numbers, numbers, numbers)
+filters = st.sampled_from(["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
+resizes = st.one_of(
+    st.fixed_dictionaries({"shorter": pixels, "filter": filters}),
+    st.fixed_dictionaries({"exact": st.tuples(pixels, pixels)}),
+)
+preprocesses = st.fixed_dictionaries(
+    {},
+    optional={
+        "color": st.sampled_from(["RGB", "BGR"]),
+        "resize": resizes,
+        "crop": st.fixed_dictionaries({"center": st.tuples(pixels, pixels)}),
+        "scale": numbers,
+        "mean": channels,
+        "std": channels.filter(all),
+    },
+)
+cards = st.fixed_dictionaries(
+    {"name": texts, "files": st.fixed_dictionaries({"onnx": texts})},
+    optional={
+        "task": st.sampled_from(["classification", "embedding", "raw"]),
+        "input": st.fixed_dictionaries({}, optional={"name": texts, "layout": st.sampled_from(["NCHW", "NHWC"])}),
+        "preprocess": preprocesses,
+        "output": st.fixed_dictionaries({}, optional={"name": texts, "top_k": st.integers(1, 1000)}),
+        "labels": st.one_of(texts, st.lists(texts, max_size=5)),
+        "classes": pixels,
+    },
+)
+
+
+@settings(max_examples=60)
+@example({"name": "line\x85break", "files": {"onnx": "\u2028é"}})
+@given(cards)
+def test_a_written_card_reads_back_the_same(data: dict[str, Any]) -> None:
+    original = parse_card(data, "test")
+    text = write_card(original)
+    assert parse_card(yaml.safe_load(text), "test") == original
+    VALIDATOR.validate(yaml.safe_load(text))
+
+
+def test_a_written_card_leaves_out_what_is_default() -> None:
+    assert write_card(card(output={"top_k": 5}, labels=["a", "b"])) == (
+        "name: tiny\nfiles: {onnx: tiny.onnx}\nlabels: [a, b]\n"
+    )

@@ -1,0 +1,185 @@
+"""The command line as a user runs it: in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.networks import tiny_classifier
+from tests.test_job import write_photos
+
+INFERMILL = str(Path(sys.executable).with_name("infermill"))
+
+
+def infermill(*arguments: str | Path, cwd: Path, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(cwd), "COLUMNS": "120"}
+    command = [INFERMILL, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def assert_problem(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:
+    """One `error:` line, a hint, no traceback, nothing on standard output."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert re.match(r"error: .+\n(  .+\n)*\nhint: .+\n$", done.stderr), done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    tiny_classifier(tmp_path / "tiny.onnx", classes=10, size=32)
+    (tmp_path / "model.yaml").write_text(
+        "name: tiny\nfiles: {onnx: tiny.onnx}\npreprocess: {resize: {exact: [32, 32]}}\noutput: {top_k: 3}\n"
+    )
+    write_photos(tmp_path / "photos", 12)
+    return tmp_path
+
+
+def test_run_prints_the_totals_and_the_output_last(work: Path) -> None:
+    (work / "photos/bad\nname.jpg").write_bytes(b"no image")
+    done = infermill("run", "photos", "-m", "model.yaml", "-o", "out", cwd=work)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("13 objects: 12 predicted, 1 failed in ")
+    assert r"unsupported      1  bad\nname.jpg" in done.stdout
+    assert "thread-seconds: list " in done.stdout
+    assert lines[-1] == str(work / "out")
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_json_is_one_object_with_the_keys_of_the_summary(work: Path) -> None:
+    done = infermill("run", "photos/", "-m", "model.yaml", "-o", "out/", "--limit", "10", "--json", cwd=work)
+    summary = json.loads(done.stdout)
+    assert list(summary) == [
+        "planned", "ok", "failed", "failures_by_code", "example_keys", "seconds", "objects_per_second",
+        "stage_seconds", "workers", "model_loads", "runtime", "precision", "digest", "output",
+    ]  # fmt: skip
+    assert list(summary["stage_seconds"]) == ["list", "fetch", "decode", "predict", "write", "idle"]
+    assert (summary["planned"], summary["ok"], summary["runtime"], summary["precision"]) == (10, 10, "openvino", "fp32")
+
+
+def test_both_runtimes_and_a_bare_network_with_flags(work: Path) -> None:
+    (work / "labels.txt").write_text("\n".join(f"label {i}" for i in range(10)))
+    for runtime in ("openvino", "onnxruntime"):
+        flags = ["--labels", "labels.txt", "--exact", "32", "32", "--mean", "0.5", "0.5", "0.5", "--top-k", "2"]
+        done = infermill(
+            "run", "photos", "-m", "tiny.onnx", "-o", f"out-{runtime}", "--runtime", runtime, *flags, "--json", cwd=work
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["runtime"] == runtime
+
+
+def test_a_manifest_on_standard_input(work: Path) -> None:
+    keys = [f"photos/photo-{i:03d}.png" for i in range(3)]
+    done = infermill("run", "-", "-m", "model.yaml", "-o", "out", "--json", cwd=work, stdin="\n".join(keys))
+    assert json.loads(done.stdout)["ok"] == 3
+
+
+def test_over_the_budget_is_exit_code_3(work: Path) -> None:
+    (work / "photos/bad.jpg").touch()
+    flags = ["run", "photos", "-m", "model.yaml", "-o", "out", "--max-failures"]
+    done = infermill(*flags, "1%", cwd=work)
+    assert done.returncode == 3
+    assert "error: 1 of 13 objects failed, more than --max-failures 1%" in done.stderr
+    assert infermill(*flags, "10%", cwd=work).returncode == 0
+
+
+def test_plan_writes_nothing(work: Path) -> None:
+    before = sorted(work.rglob("*"))
+    done = infermill("plan", "photos", "-m", "model.yaml", cwd=work)
+    assert done.returncode == 0, done.stderr
+    for line in ("objects     12", "partitions  1", "failures    none expected"):
+        assert line in done.stdout
+    as_json = json.loads(infermill("plan", "photos", "-m", "model.yaml", "--json", cwd=work).stdout)
+    assert (as_json["objects"], as_json["probed"]) == (12, 12)
+    assert sorted(work.rglob("*")) == before
+
+
+def test_inspect_writes_a_card_that_runs(work: Path) -> None:
+    done = infermill("inspect", "tiny.onnx", "--write", "guessed.yaml", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"input +\S+ +float32 +\[.*32.*\]", done.stdout)
+    assert "assumed: " in done.stdout
+    done = infermill("run", "photos", "-m", "guessed.yaml", "-o", "out", "--json", cwd=work)
+    assert json.loads(done.stdout)["ok"] == 12
+    assert_problem(infermill("inspect", "tiny.onnx", "--write", "guessed.yaml", cwd=work), 2, "is there already")
+
+
+def test_doctor_has_a_hint_for_everything_that_is_missing(work: Path) -> None:
+    done = infermill("doctor", cwd=work)
+    assert done.returncode == 0, done.stdout
+    for name in ("openvino", "onnxruntime", "Pillow", "obstore", "S3 credentials"):
+        assert name in done.stdout
+    missing = [one for one in json.loads(infermill("doctor", "--json", cwd=work).stdout) if not one["usable"]]
+    assert missing
+    assert all(one["hint"] for one in missing)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "nowhere", "-m", "model.yaml", "-o", "out"], 1, ["nowhere does not exist"]),
+        (["run", "empty", "-m", "model.yaml", "-o", "out"], 1, ["holds no objects"]),
+        (["run", "photos", "-m", "missing.yaml", "-o", "out"], 2, ["missing.yaml does not exist"]),
+        (["run", "photos", "-m", "typo.yaml", "-o", "out"], 2, ["unknown field `preproces`", "`preprocess`"]),
+        (["run", "photos", "-m", "corrupt.onnx", "-o", "out"], 2, ["corrupt.onnx"]),
+        (["run", "photos", "-m", "photos", "-o", "out"], 2, ["neither a model card nor a network"]),
+        (["run", "ftp://host/x", "-m", "model.yaml", "-o", "out"], 2, ["cannot read ftp://"]),
+        (["run", "photos", "-m", "model.yaml", "-o", "out", "--limt", "3"], 2, ["--limit"]),
+        (["run", "photos", "-m", "model.yaml"], 2, ["--output"]),
+        (["run", "photos", "-m", "model.yaml", "-o", "out", "--limit", "x"], 2, ["--limit"]),
+        (["run", "photos", "-m", "model.yaml", "-o", "out", "--limit", "0"], 2, ["limit"]),
+        (["run", "photos", "-m", "model.yaml", "-o", "out", "--max-failures", "lots"], 2, ["--max-failures lots"]),
+        (["run", "photos", "-m", "model.yaml", "-o", "model.yaml/out"], 1, ["model.yaml/out"]),
+        (["plan", "nowhere", "-m", "model.yaml"], 1, ["nowhere does not exist"]),
+        (["inspect", "missing.onnx"], 2, ["missing.onnx does not exist"]),
+        (["classify"], 2, ["classify"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_hint(work: Path, arguments: list[str], code: int, words: list[str]) -> None:
+    (work / "empty").mkdir()
+    (work / "typo.yaml").write_text("name: x\nfiles: {onnx: tiny.onnx}\npreproces: {}\n")
+    (work / "corrupt.onnx").write_bytes(b"this is no protobuf" * 100)
+    assert_problem(infermill(*arguments, cwd=work), code, *words)
+
+
+def test_help_needs_none_of_the_heavy_libraries(work: Path) -> None:
+    script = "import sys; sys.argv = ['infermill', '--help']\nfrom infermill.cli import main\ntry: main()\n"
+    script += "finally: print([m for m in ('numpy','pyarrow','pydantic','onnx','openvino') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=work, check=True)
+    assert done.stdout.endswith("[]\n")
+    for command in ("run", "plan", "inspect", "doctor", "demo"):
+        assert re.search(rf"^\S* *{command} ", done.stdout, re.MULTILINE)
+
+
+def test_ctrl_c_stops_soon_keeps_finished_parts_and_says_how_to_resume(work: Path) -> None:
+    write_photos(work / "many", 200)
+    manifest = [f"many/photo-{i % 200:03d}.png" for i in range(100_000)]
+    (work / "many.txt").write_text("\n".join(manifest))
+    command = [INFERMILL, "run", "many.txt", "-m", "model.yaml", "-o", "out", "--partition-objects", "100"]
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((work / "out").glob("part-*.parquet")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stopped = time.monotonic()
+    _, stderr = process.communicate(timeout=30)
+    assert time.monotonic() - stopped < 2
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "run the same command again to resume" in stderr
+    assert list((work / "out").glob("part-*.parquet"))
+    assert not (work / "out/_SUCCESS").exists()

@@ -1,0 +1,178 @@
+"""The same assertions for every engine, and for every place that a job reads from and writes to."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import infermill
+from infermill import Options
+from infermill.output import Output
+from tests.conftest import Bucket
+from tests.networks import tiny_classifier
+
+CARD = "name: tiny\nfiles: {onnx: tiny.onnx}\npreprocess: {resize: {exact: [32, 32]}}\noutput: {top_k: 2}\n"
+ODD_KEYS = (
+    "a b.png", "p%2Fq.png", "ünï/日本.png", "new\nline.png", "../up.png", "a/../b.png", "a//b.png", "x" * 1020 + ".png"
+)  # fmt: skip
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Somewhere to read from and to write to."""
+
+    source: str
+    output: str
+    options: Options
+    put: Callable[[str, bytes], object]
+    parts: Callable[[], list[str]]
+
+
+@pytest.fixture(params=["files", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "files":
+        folder = tmp_path / "photos"
+        folder.mkdir()
+
+        def parts() -> list[str]:
+            return sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
+
+        return Place(
+            str(folder),
+            str(tmp_path / "out"),
+            Options(partition_objects=8),
+            lambda key, data: (folder / key).write_bytes(data),
+            parts,
+        )
+    bucket: Bucket = request.getfixturevalue("bucket")
+    options = Options(partition_objects=8, endpoint_url=bucket.endpoint)
+
+    def remote_parts() -> list[str]:
+        names = Output(f"{bucket.uri}/out", options).names()
+        return sorted(name for name in names if name.endswith(".parquet"))
+
+    return Place(
+        f"{bucket.uri}/photos/",
+        f"{bucket.uri}/out",
+        options,
+        lambda key, data: bucket.put(f"photos/{key}", data),
+        remote_parts,
+    )
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Path:
+    tiny_classifier(tmp_path / "tiny.onnx", classes=10, size=32)
+    (tmp_path / "model.yaml").write_text(CARD)
+    return tmp_path / "model.yaml"
+
+
+def name_of(row: dict[str, str]) -> str:
+    return row["key"].rpartition("/")[2]
+
+
+def test_a_job_ends_with_a_row_for_each_object(place: Place, card: Path) -> None:
+    for number in range(20):
+        place.put(f"{number:02d}.png", png(number))
+    place.put("20.jpg", b"<html>not found</html>")
+    place.put("21.jpg", b"")
+    place.put("notes.txt", b"no image")
+    summary = infermill.run(place.source, card, place.output, place.options)
+    assert (summary.planned, summary.ok, summary.failures_by_code) == (22, 20, {"unsupported": 1, "empty": 1})
+    assert place.parts() == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    rows = infermill.read(place.output, place.options).to_pylist()
+    assert [name_of(row) for row in rows] == [f"{n:02d}.png" for n in range(20)] + ["20.jpg", "21.jpg"]
+    predict = infermill.load_model(card)
+    for number, prediction in enumerate(predict([png(number) for number in range(20)])):
+        assert prediction.top is not None
+        assert [one["index"] for one in rows[number]["top"]] == [one.index for one in prediction.top]
+        np.testing.assert_allclose(
+            [one["score"] for one in rows[number]["top"]], [one.score for one in prediction.top], atol=1e-5
+        )
+    assert all(row["etag"] and row["size"] is not None for row in rows)
+
+
+def test_a_job_that_runs_again_predicts_nothing(place: Place, card: Path) -> None:
+    for number in range(10):
+        place.put(f"{number}.png", png(number))
+    first = infermill.run(place.source, card, place.output, place.options)
+    rows = infermill.read(place.output, place.options)
+    again = infermill.run(place.source, card, place.output, place.options)
+    assert (first.model_loads, again.model_loads) == (1, 0)
+    assert again.ok == first.ok == 10
+    assert infermill.read(place.output, place.options).equals(rows)
+
+
+def test_another_job_is_refused(place: Place, card: Path) -> None:
+    place.put("1.png", png(1))
+    infermill.run(place.source, card, place.output, place.options)
+    with pytest.raises(infermill.JobMismatchError, match="limit: None -> 1"):
+        infermill.run(place.source, card, place.output, replace(place.options, limit=1))
+
+
+def test_success_accounts_for_every_part(place: Place, card: Path) -> None:
+    for number in range(10):
+        place.put(f"{number}.png", png(number))
+    place.put("bad.png", b"\x89PNG\r\n\x1a\n")
+    infermill.run(place.source, card, place.output, place.options)
+    content = Output(place.output, place.options).read_existing("_SUCCESS")
+    success = json.loads(content)
+    assert success["parts"] == [[0, 8, 0], [1, 2, 1]]
+    assert success["planned"] == success["ok"] + success["failed"] == 11
+
+
+def test_odd_keys_come_back_exactly(place: Place, card: Path, tmp_path: Path) -> None:
+    keys = ODD_KEYS if place.source.startswith("s3://") else [key for key in ODD_KEYS[:4] if "/" not in key]
+    for number, key in enumerate(keys):
+        place.put(key, png(number))
+    summary = infermill.run(place.source, card, place.output, place.options)
+    assert summary.failures_by_code == {}
+    rows = infermill.read(place.output, place.options)
+    prefix = "photos/" if place.source.startswith("s3://") else ""
+    assert sorted(rows["key"].to_pylist()) == sorted(prefix + key for key in keys)
+    predict = infermill.load_model(card)
+    by_key = dict(zip(rows["key"].to_pylist(), rows["top"].to_pylist(), strict=True))
+    for number, key in enumerate(keys):
+        (prediction,) = predict([png(number)])
+        assert prediction.top is not None
+        assert by_key[prefix + key][0]["index"] == prediction.top[0].index
+
+
+def test_objects_that_change_or_go_after_listing_are_rows(place: Place, card: Path, tmp_path: Path) -> None:
+    """The plan of a job that never ran is the listing; what happens then, happens after it."""
+    manifest = [
+        {"uri": f"{place.source.rstrip('/')}/{n}.png", "etag": '"an-older-one"' if n == 1 else None} for n in range(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(manifest), tmp_path / "keys.parquet")
+    place.put("0.png", png(0))
+    place.put("1.png", png(1))
+    summary = infermill.run(tmp_path / "keys.parquet", card, place.output, place.options)
+    assert summary.failures_by_code == {"changed": 1, "missing": 1}
+    rows = infermill.read(place.output, place.options).to_pylist()
+    assert [row["error"] and row["error"]["code"] for row in rows] == [None, "changed", "missing"]
+    assert rows[0]["key"] == manifest[0]["uri"]
+
+
+def test_the_model_may_lie_in_the_store_too(bucket: Bucket, card: Path, tmp_path: Path) -> None:
+    options = Options(endpoint_url=bucket.endpoint)
+    bucket.put("model/tiny.onnx", (tmp_path / "tiny.onnx").read_bytes())
+    bucket.put("model/model.yaml", CARD.encode())
+    bucket.put("photos/1.png", png(1))
+    remote = infermill.run(f"{bucket.uri}/photos/", f"{bucket.uri}/model/model.yaml", tmp_path / "remote", options)
+    local = infermill.run(f"{bucket.uri}/photos/", card, tmp_path / "local", options)
+    assert remote.digest == local.digest
+    with pytest.raises(infermill.ModelError, match=r"missing\.yaml does not exist"):
+        infermill.run(f"{bucket.uri}/photos/", f"{bucket.uri}/missing.yaml", tmp_path / "none", options)
