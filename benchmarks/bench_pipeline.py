@@ -167,9 +167,8 @@ def _print_agreement(work: Path, card: Path) -> None:
         for decode in ("exact", "fast")
     ]
     same = sum(exact == fast for exact, fast in zip(*tops, strict=True))
-    print(
-        f"`--decode fast`, EfficientNet-Lite0: top-1 as with exact decoding for {same / len(tops[0]):.2%} of the photos\n"
-    )
+    agreement = same / len(tops[0])
+    print(f"EfficientNet-Lite0, `--decode fast`: the same top-1 as exact for {agreement:.2%} of the photos\n")
 
 
 def _top(source: str, card: Path, out: Path, decode: str) -> list[list[dict[str, int]]]:

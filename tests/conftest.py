@@ -1,5 +1,6 @@
 """Fixtures that several test files share; servers are started when the first test asks for them."""
 
+import functools
 import os
 import tempfile
 import uuid
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+import botocore.session
 import pytest
 
 from tests.servers import AuthServer, Bucket, ScriptedStore, connect, run_ministack, run_moto_with_authentication
@@ -28,8 +30,16 @@ def moto_auth_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AuthS
         yield server
 
 
+@pytest.fixture(scope="session")
+def fast_boto3() -> Iterator[None]:
+    """Let boto3 parse its description of S3 once rather than for every client: 5 ms instead of 60."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+        yield
+
+
 @pytest.fixture
-def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fast_boto3: None) -> pytest.MonkeyPatch:
     """Credentials as environment variables, and nothing else that this machine knows of AWS."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)

@@ -12,17 +12,22 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from email.message import Message
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import boto3
+import pytest
 
+from infermill.stores import locate, open_store
 from infermill.types import StoreOptions
 
 START_SECONDS = 60
@@ -48,6 +53,14 @@ class Bucket:
 
     def put(self, key: str, content: bytes) -> None:
         self.client.put_object(Bucket=self.name, Key=key, Body=content)
+
+    def put_many(self, keys: Sequence[str], content: bytes) -> None:
+        """Many at once, and faster; only keys that object_store can name."""
+        location = locate(self.uri)
+        store = open_store(location, self.options)
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(lambda key: store.put(key, content), keys):
+                pass
 
     def delete(self, key: str) -> None:
         self.client.delete_object(Bucket=self.name, Key=key)
@@ -159,14 +172,28 @@ def _answers(url: str) -> bool:
     return True
 
 
+def write_profile(environment: pytest.MonkeyPatch, tmp_path: Path, settings: str, region: str = REGION) -> None:
+    """An AWS profile `mine`, in the configuration file that the fixture `aws_environment` names."""
+    (tmp_path / "aws-config").write_text(f"[profile mine]\nregion = {region}\n{settings}\n")
+    environment.delenv("AWS_REGION")
+
+
+def credential_process(tmp_path: Path, access_key_id: str, secret_access_key: str) -> str:
+    """The setting for a program that tells credentials, and writes down each time that it was asked."""
+    program = tmp_path / "tell"
+    told = f'{{"Version": 1, "AccessKeyId": "{access_key_id}", "SecretAccessKey": "{secret_access_key}"}}'
+    program.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho '{told}'\n")
+    program.chmod(0o755)
+    return f"credential_process = {program}"
+
+
 @dataclass(frozen=True)
 class Answer:
-    """A scripted reply: instead of the request's effect, or after it (`late`), as when the true reply is lost."""
+    """A scripted reply."""
 
     status: int
     code: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    late: bool = False
 
     @property
     def body(self) -> bytes:
@@ -177,20 +204,30 @@ class Answer:
         ).encode()
 
 
-class ScriptedStore:
-    """GET, HEAD, PUT and DELETE of objects as S3 has them, without listing.
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64
 
-    Args:
+
+class ScriptedStore:
+    """GET, HEAD, PUT and DELETE of objects as S3 has them, without listing; a script says what goes wrong.
+
+    Attributes:
         honours_conditions: whether a PUT with If-None-Match is refused where the object exists.
+        conflicts: how many PUTs will be answered with 409, and done nothing about.
+        lost_replies: how many PUTs will be answered with 503, and done all the same.
+        objects: the content by `/bucket/key`.
+        credentials: the access keys of all requests, None for one without.
     """
 
     def __init__(self, honours_conditions: bool = True) -> None:
         self.honours_conditions = honours_conditions
+        self.conflicts = 0
+        self.lost_replies = 0
         self.objects: dict[str, bytes] = {}
-        self.answers: dict[str, deque[Answer]] = {}
         self.credentials: list[str | None] = []
+        self._answers: dict[str, deque[Answer]] = {}
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -198,41 +235,56 @@ class ScriptedStore:
     def options(self) -> StoreOptions:
         return StoreOptions(endpoint_url=f"http://127.0.0.1:{self._server.server_port}", region=REGION)
 
-    def answer(self, path: str, *answers: Answer) -> None:
-        """Give these answers, one after the other, to requests for `bucket/key`; the last one for ever."""
-        self.answers[f"/{path}"] = deque(answers)
+    def answer(self, path: str, answer: Answer, times: int = 1000) -> None:
+        """Answer so to the next requests for `bucket/key`, and do nothing about them."""
+        self._answers[f"/{path}"] = deque(repeat(answer, times))
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
-    def _serve(self, method: str, path: str, condition: str | None, content: bytes) -> tuple[Answer, bytes]:
+    def _serve(self, method: str, path: str, headers: Message, content: bytes) -> tuple[Answer, bytes]:
         with self._lock:
-            scripted = self.answers.get(path)
-            answer = None
-            if scripted:
-                answer = scripted.popleft() if len(scripted) > 1 else scripted[0]
-                if not answer.late:
-                    return answer, answer.body
-            done = self._done(method, path, condition, content)
-            return (answer, answer.body) if answer else done
+            if self._answers.get(path):
+                answer = self._answers[path].popleft()
+                return answer, answer.body
+            if method == "PUT":
+                return self._put(path, headers.get("If-None-Match"), content)
+            if method == "POST":
+                return self._delete_many(path, content)
+            return self._get(path, headers.get("Range"))
 
-    def _done(self, method: str, path: str, condition: str | None, content: bytes) -> tuple[Answer, bytes]:
-        known = self.objects.get(path)
-        if method == "PUT":
-            if condition and self.honours_conditions and known is not None:
-                refusal = Answer(412, "PreconditionFailed")
-                return refusal, refusal.body
-            known = self.objects[path] = content
-        elif known is None:
+    def _put(self, path: str, condition: str | None, content: bytes) -> tuple[Answer, bytes]:
+        answer = None
+        if self.conflicts:
+            self.conflicts -= 1
+            answer = Answer(409, "ConditionalRequestConflict")
+        elif condition and self.honours_conditions and path in self.objects:
+            answer = Answer(412, "PreconditionFailed")
+        else:
+            self.objects[path] = content
+            if self.lost_replies:
+                self.lost_replies -= 1
+                answer = Answer(503, "SlowDown")
+        return (answer, answer.body) if answer else (Answer(200, headers=_describe(content)), b"")
+
+    def _get(self, path: str, wanted: str | None) -> tuple[Answer, bytes]:
+        content = self.objects.get(path)
+        if content is None:
             missing = Answer(404, "NoSuchKey")
             return missing, missing.body
-        elif method == "DELETE":
-            del self.objects[path]
-            return Answer(204), b""
-        headers = {"ETag": f'"{sha256(known).hexdigest()}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
-        return Answer(200, headers=headers), b"" if method == "PUT" else known
+        if wanted is None:
+            return Answer(200, headers=_describe(content)), content
+        start, end = (int(part) for part in wanted.removeprefix("bytes=").split("-"))
+        piece = content[start : end + 1]
+        found = {"Content-Range": f"bytes {start}-{start + len(piece) - 1}/{len(content)}"}
+        return Answer(206, headers=_describe(content) | found), piece
+
+    def _delete_many(self, path: str, content: bytes) -> tuple[Answer, bytes]:
+        for key in re.findall("<Key>([^<]*)</Key>", content.decode()):
+            self.objects.pop(f"{path.rstrip('/')}/{key}", None)
+        return Answer(200), b"<DeleteResult/>"
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         store = self
@@ -243,7 +295,7 @@ class ScriptedStore:
                 store.credentials.append(signed[1] if signed else None)
                 content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 path = unquote(self.path.partition("?")[0])
-                answer, body = store._serve(self.command, path, self.headers.get("If-None-Match"), content)
+                answer, body = store._serve(self.command, path, self.headers, content)
                 self.send_response(answer.status)
                 for name, value in ({"Content-Length": str(len(body))} | dict(answer.headers)).items():
                     self.send_header(name, value)
@@ -252,9 +304,13 @@ class ScriptedStore:
                     with suppress(ConnectionError):
                         self.wfile.write(body)
 
-            do_GET = do_HEAD = do_PUT = do_DELETE = reply
+            do_GET = do_HEAD = do_PUT = do_POST = reply  # noqa: N815
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
                 """Nothing: the tests say what went wrong."""
 
         return Handler
+
+
+def _describe(content: bytes) -> dict[str, str]:
+    return {"ETag": f'"{sha256(content).hexdigest()}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}

@@ -223,7 +223,7 @@ def test_a_small_classifier_is_guessed(tmp_path: Path) -> None:
     assert card.preprocess.resize is not None
     assert card.preprocess.resize.exact == (32, 32)
     assert card.preprocess.scale == 1 / 255
-    assert card.preprocess.mean == (0, 0, 0)
+    assert card.preprocess.mean == (0.0, 0.0, 0.0)
     assert "task is classification: the output is `logits` (float32 [N, 10])" in notes
     assert "labels are unknown" in notes
 
@@ -268,13 +268,13 @@ def test_a_network_that_normalises_is_given_pixels(tmp_path: Path, op: str) -> N
     model.graph.node.extend(nodes)
     path.write_bytes(model.SerializeToString())
     card, notes = guessed(path)
-    assert (card.preprocess.scale, card.preprocess.mean) == (1, (0, 0, 0))
+    assert (card.preprocess.scale, card.preprocess.mean) == (1, (0.0, 0.0, 0.0))
     assert f"the network begins with its own ({op})" in notes
 
 
 def test_grey_and_float16_networks_are_guessed(tmp_path: Path) -> None:
     grey, notes = guessed(tiny_classifier(tmp_path / "grey.onnx", size=96, channels=1, layout="NHWC"))
-    assert (grey.input.layout, grey.preprocess.scale, grey.preprocess.mean) == ("NHWC", 1 / 255, (0, 0, 0))
+    assert (grey.input.layout, grey.preprocess.scale, grey.preprocess.mean) == ("NHWC", 1 / 255, (0.0, 0.0, 0.0))
     assert "color" not in notes
     half, _ = guessed(tiny_classifier(tmp_path / "half.onnx", dtype="float16"))
     assert half.input.dtype == "float16"

@@ -12,7 +12,7 @@ from infermill.output import Output
 from infermill.sources import list_source
 from infermill.stores import Location, is_nameable, locate, open_reader, open_s3_client, open_store
 from infermill.types import ObjectRef, Source, StoreOptions
-from tests.servers import Answer, AuthServer, Bucket, ScriptedStore, free_port
+from tests.servers import Answer, AuthServer, Bucket, ScriptedStore, credential_process, free_port, write_profile
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,9 @@ def test_ordinary_keys_are_nameable(path: str) -> None:
     assert is_nameable(path)
 
 
-@pytest.mark.parametrize("path", ["/a", "a/", "a//b", "a/../b", "../a", "a/..", "./a", "a/.", ".", "a\nb", "a\n", "\x7f"])
+@pytest.mark.parametrize(
+    "path", ["/a", "a/", "a//b", "a/../b", "../a", "a/..", "./a", "a/.", ".", "a\nb", "a\n", "\x7f"]
+)
 def test_keys_that_object_store_refuses_or_changes_are_unnameable(path: str) -> None:
     assert not is_nameable(path)
 
@@ -141,7 +143,7 @@ def read_output(name: str, options: StoreOptions) -> object:
 
 
 def write_output(name: str, options: StoreOptions) -> object:
-    return Output(f"s3://{name}/out", options).probe()
+    return Output(f"s3://{name}/out", options).create("file", b"content")
 
 
 def list_output(name: str, options: StoreOptions) -> object:
@@ -279,20 +281,6 @@ def test_a_folder_that_must_not_be_read_is_told(
     with unprivileged(), pytest.raises(InfermillError, match=f"access to {folder}.* is denied") as caught:
         list(list_source(str(folder), None, StoreOptions())[1])
     assert caught.value.hint == "check its permissions"
-
-
-def write_profile(environment: pytest.MonkeyPatch, tmp_path: Path, body: str, region: str = "us-east-1") -> None:
-    (tmp_path / "aws-config").write_text(f"[profile mine]\nregion = {region}\n{body}\n")
-    environment.delenv("AWS_REGION")
-
-
-def credential_process(tmp_path: Path, access_key_id: str, secret_access_key: str) -> str:
-    """The setting for a program that tells credentials, and writes down each time that it was asked."""
-    program = tmp_path / "tell"
-    told = f'{{"Version": 1, "AccessKeyId": "{access_key_id}", "SecretAccessKey": "{secret_access_key}"}}'
-    program.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho '{told}'\n")
-    program.chmod(0o755)
-    return f"credential_process = {program}"
 
 
 @pytest.mark.parametrize("action", [list_bucket, list_object, fetch_object])

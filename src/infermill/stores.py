@@ -37,7 +37,15 @@ _UNNAMEABLE = re.compile(r"\A/|/\Z|//|(?:\A|/)\.\.?(?:/|\Z)|[\x00-\x1f\x7f]")
 _CODE = re.compile(r"<Code>(\w+)</Code>|An error occurred \((\w+)\)")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _REFUSED = re.compile(r"status code: 40[13] ")
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403"}
+_DENIED = {
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+}
 _SSO = re.compile(r"SSO Token|SSO session|token from sso")
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
 
@@ -267,7 +275,7 @@ def explain(error: Exception, uri: str) -> InfermillError:
         return SourceError(f"{uri} does not exist", "check the path")
     if isinstance(error, PermissionError):
         return StoreError(f"access to {uri} is denied", "check its permissions")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and "://" not in uri:
         return StoreError(f"{uri}: {error.strerror or error}", "check the path and the disk")
     return _explain_answer(error, uri)
 

@@ -63,22 +63,18 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     **dict.fromkeys((b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+"), TiffImageFile),
 }
 _LOOKS_LIKE = {
-    rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)": "HTML",
-    rb"(\xef\xbb\xbf)?\s*<svg": "SVG",
-    rb"(\xef\xbb\xbf)?\s*<(\?xml|Error>)": "XML",
-    rb"(\xef\xbb\xbf)?\s*[{\[]": "JSON",
+    rb"(?i)<(!doctype html|html|head|body)": "HTML",
+    rb"<(\?xml|svg|Error>)": "XML",
+    rb"[{\[]": "JSON",
     rb"%PDF": "PDF",
     rb"8BPS": "a Photoshop document",
     rb"(?s)....ftyp(hei|hev|mif|msf)": "HEIC",
     rb"(?s)....ftypavi": "AVIF",
-    rb"(?s)....ftyp": "a video",
-    rb"RIFF": "sound or video (RIFF)",
-    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
-    rb"\0\0\0\x0cJXL |\xff\x0a": "JPEG XL",
-    rb"\0\0\x01\0": "an icon (ICO)",
+    rb"(?s)....ftyp|RIFF": "sound or video",
+    rb"(?s)....jP  |\xff\x4f\xff\x51": "JPEG 2000",
+    rb"(?s)....JXL |\xff\x0a": "JPEG XL",
     rb"PK\x03\x04": "a ZIP archive",
     rb"\x1f\x8b": "gzip",
-    rb"\x93NUMPY": "a NumPy array",
     rb"[^\0-\x08\x0e-\x1f\x7f]+\Z": "text",
 }
 # What Pillow raises on damaged files. MemoryError is not among them: it says more about the machine.
@@ -96,7 +92,7 @@ _SIDEWAYS = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Tr
 # Pillow's filter, how many pixels of the smaller image it reaches, and the same filter of cykooz.
 _FILTERS: dict[Filter, tuple[Resampling, float, FilterType | None]] = {
     "nearest": (Resampling.NEAREST, 0.0, None),
-    "box": (Resampling.BOX, 0.5, FilterType.box),
+    "box": (Resampling.BOX, 0.5, None),
     "bilinear": (Resampling.BILINEAR, 1.0, FilterType.bilinear),
     "hamming": (Resampling.HAMMING, 1.0, None),
     "bicubic": (Resampling.BICUBIC, 2.0, FilterType.catmull_rom),
@@ -276,8 +272,9 @@ def _read(data: bytes, max_pixels: int) -> _Picture:
         _refuse("empty", "0 bytes")
     reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
     if reader is None or (reader is WebPImageFile and data[8:12] != b"WEBP"):
-        look = next((name for pattern, name in _LOOKS_LIKE.items() if re.match(pattern, data[:256])), None)
-        _refuse("unsupported", f"looks like {look}" if look else f"no image format begins with {data[:8].hex(' ')}")
+        head = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip()
+        look = next((f"looks like {name}" for pattern, name in _LOOKS_LIKE.items() if re.match(pattern, head)), None)
+        _refuse("unsupported", look or f"no image format that begins with {data[:8].hex(' ')}")
     with _pillow(data):
         image = reader(io.BytesIO(data))
         _check_pixels(*image.size, max_pixels)
@@ -311,13 +308,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 class _StrictAndSilent:
-    """Two settings of the process, held while any thread reads with Pillow: no tolerance for truncated files, which
-    another library may have switched on, and no warnings about metadata.
+    """Holds two settings of the process while any thread reads with Pillow: truncated files are errors, though another
+    library may have said otherwise, and there are no warnings, such as those about metadata.
 
-    They are counted. Threads that saved and restored them one by one would restore what another one had set.
+    Threads are counted: if each saved and restored by itself, one would restore what another one had set.
     """
 
-    _SILENCE = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+    _silence = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -325,23 +322,23 @@ class _StrictAndSilent:
         self._was_tolerant = False
 
     def __enter__(self) -> None:
+        # Not by warnings.filterwarnings, after which the process shows anew the warnings that it shows once.
+        filters = cast(list[Any], warnings.filters)
         with self._lock:
             self._threads += 1
             if ImageFile.LOAD_TRUNCATED_IMAGES:
                 self._was_tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = True, False
-            # Without warnings.filterwarnings, which makes the process forget which warnings it has already shown.
-            filters = cast(list[Any], warnings.filters)
-            if filters[:1] != [self._SILENCE]:
-                filters.insert(0, self._SILENCE)
+            if filters[:1] != [self._silence]:
+                filters.insert(0, self._silence)
 
     def __exit__(self, *_: object) -> None:
+        filters = cast(list[Any], warnings.filters)
         with self._lock:
             self._threads -= 1
             if self._threads == 0:
+                filters[:] = [entry for entry in filters if entry != self._silence]
                 if self._was_tolerant:
                     self._was_tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = False, True
-                filters = cast(list[Any], warnings.filters)
-                filters[:] = [entry for entry in filters if entry != self._SILENCE]
 
 
 _STRICT_AND_SILENT = _StrictAndSilent()
@@ -410,7 +407,8 @@ def _fit(picture: _Picture, preprocess: Preprocess, profile: DecodeProfile, max_
     resample, support, fast = _FILTERS[preprocess.resize.filter if preprocess.resize else "nearest"]
     if columns.before == columns.after and rows.before == rows.after:
         kept = picture.pixels[rows.kept, columns.kept]
-    elif profile == "fast" and fast is not None:
+    elif profile == "fast" and fast is not None and columns.after <= columns.before and rows.after <= rows.before:
+        # cykooz 4.0 reads outside of its memory where it enlarges a part of an image (bicubic).
         kept = _resize_fast(picture, columns, rows, fast)
     elif resample == Resampling.NEAREST or _are_rows_first(columns, rows):
         resized = Image.fromarray(picture.pixels).resize((columns.after, rows.after), resample)

@@ -27,6 +27,7 @@ CUDA_BATCH_SIZE = 64
 SEVERITY_ERROR = 3
 _ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
+    ValueError,
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
@@ -75,10 +76,11 @@ def _session(network: bytes | Path, streams: int, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = SEVERITY_ERROR
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if CUDA in ort.get_available_providers():
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
-            ort.preload_dlls()
-        # TF32, which ONNX Runtime takes by itself, has 10 bits of mantissa.
-        providers.insert(0, (CUDA, {"use_tf32": "0"}))
-    return ort.InferenceSession(network if isinstance(network, bytes) else str(network), options, providers=providers)
+    source = network if isinstance(network, bytes) else str(network)
+    if CUDA not in ort.get_available_providers():
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    # TF32, which ONNX Runtime takes by itself, has 10 bits of mantissa.
+    providers = [(CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"]
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and falls back to the processor
+        ort.preload_dlls()
+        return ort.InferenceSession(source, options, providers=providers)

@@ -2,7 +2,8 @@
 
 import codecs
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +30,7 @@ def from_file(location: Location, options: StoreOptions) -> tuple[Source, Iterat
     return Source(str(Path.cwd()), keys_are_uris=True), _checked(_batches(location, options), location.uri)
 
 
-def _batches(location: Location, options: StoreOptions) -> Iterator[pa.RecordBatch]:
+def _batches(location: Location, options: StoreOptions) -> Generator[pa.RecordBatch]:
     with open_reader(location, open_store(location, options)) as reader:
         if location.path.lower().endswith(".parquet"):
             yield from _rows(reader, location.uri)
@@ -37,14 +38,15 @@ def _batches(location: Location, options: StoreOptions) -> Iterator[pa.RecordBat
             yield from _lines(reader)
 
 
-def _checked(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pa.RecordBatch]:
+def _checked(batches: Generator[pa.RecordBatch], where: str) -> Iterator[pa.RecordBatch]:
     """The same batches: what cannot be read or understood is told with the manifest's name, before the job starts."""
     try:
-        for batch in batches:
-            for root in pc.unique(pc.extract_regex(batch["key"], r"(?s)^(?P<root>[^/]*://[^/]*)").field("root")):
-                if root.is_valid:
-                    locate(f"{root.as_py()}/")
-            yield batch
+        with closing(batches):
+            for batch in batches:
+                for root in pc.unique(pc.extract_regex(batch["key"], r"(?s)^(?P<root>[^/]*://[^/]*)").field("root")):
+                    if root.is_valid:
+                        locate(f"{root.as_py()}/")
+                yield batch
     except UnicodeDecodeError as error:
         raise SourceError(f"{where} is not UTF-8: {error}", "write the manifest as UTF-8, one URI a line") from None
     except UsageError as error:
@@ -55,7 +57,7 @@ def _checked(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[pa.Recor
         raise explain(error, where) from None
 
 
-def _lines(lines: Iterable[bytes]) -> Iterator[pa.RecordBatch]:
+def _lines(lines: Iterable[bytes]) -> Generator[pa.RecordBatch]:
     keys = (line.rstrip(b"\r\n") for line in _without_mark(lines))
     filled = (key for key in keys if key)
     while batch := list(islice(filled, BATCH_ROWS)):

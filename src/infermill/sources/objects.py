@@ -28,6 +28,7 @@ LISTING_SCHEMA = pa.schema(_COLUMNS)
 BATCH_ROWS = 16_384
 # A path segment that starts with a dot, `.` and `..` apart: in a bucket these are names like any other.
 _HIDDEN = r"\.(?:[^./]|\.[^/])"
+_WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?|\[(?:![^/]|[^!/])[^]/]*\])")
 _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 _OBSTORE_NAMES = ("path", "size", "e_tag")
 
@@ -144,7 +145,7 @@ def printable(name: str) -> str:
 def _list_store(base: Location, options: StoreOptions, keep: Keep) -> Iterator[pa.RecordBatch]:
     last_key = ""
     store = open_store(base, options)
-    if is_nameable(base.path.removesuffix("/")) and not _has_leading_slashes(base, options):
+    if is_nameable(base.path.removesuffix("/") or base.path) and not _has_leading_slashes(base, options):
         try:
             for chunk in obstore.list(store, base.path or None, chunk_size=BATCH_ROWS, return_arrow=True):
                 batch = _listing_batch(pa.record_batch(chunk))
@@ -168,7 +169,8 @@ def _has_leading_slashes(base: Location, options: StoreOptions) -> bool:
     """Whether a bucket holds keys like `/a`, which object_store lists as `a`; unknown, and False, without boto3."""
     if base.scheme != "s3" or base.path or find_spec("boto3") is None:
         return False
-    return next(_list_s3_exactly(base, options, "/", page_rows=1)).num_rows > 0
+    first_page = next(_list_s3_exactly(base, options, "/", page_rows=1))
+    return bool(first_page.num_rows)
 
 
 def _without_markers(batch: pa.RecordBatch, store: "ObjectStore") -> pa.RecordBatch:
@@ -219,10 +221,10 @@ def _glob_regex(pattern: str) -> str:
 
     `*`, `?`, `[a-z]` and `[!a-z]` stay within a path segment, `**/` is any number of folders.
     """
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\])", pattern)
+    literals_and_wildcards = _WILDCARD.split(pattern)
     return "".join(
-        _WILDCARDS.get(part) or (_class_regex(part[1:-1]) if len(part) > 2 and part[0] == "[" else _escaped(part))
-        for part in parts
+        _escaped(part) if place % 2 == 0 else _WILDCARDS.get(part) or _class_regex(part[1:-1])
+        for place, part in enumerate(literals_and_wildcards)
     )
 
 
