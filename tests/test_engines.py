@@ -15,8 +15,8 @@ from PIL import Image
 import infermill
 from infermill import Options
 from infermill.output import Output
-from tests.servers import Bucket
 from tests.networks import tiny_classifier
+from tests.servers import Bucket
 
 CARD = "name: tiny\nfiles: {onnx: tiny.onnx}\npreprocess: {resize: {exact: [32, 32]}}\noutput: {top_k: 2}\n"
 ODD_KEYS = (

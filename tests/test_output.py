@@ -220,9 +220,9 @@ def test_a_part_whose_store_breaks_down_is_told(scripted_store: ScriptedStore) -
     output = Output("s3://jobs/out", scripted_store.options)
     output.create_part(0, rows(), REPORT, NOTES)
     scripted_store.answer("jobs/out/part-00000.parquet", Answer(403, "InvalidAccessKeyId"))
-    with pytest.raises(StoreError, match="access to s3://jobs/out/part-00000.parquet is denied"):
+    with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
         output.create_part(0, rows(), REPORT, NOTES)
-    with pytest.raises(StoreError, match="access to s3://jobs/out/part-00000.parquet is denied"):
+    with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
         output.reports(["part-00000.parquet"])
 
 

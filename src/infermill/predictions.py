@@ -25,7 +25,6 @@ class Classification:
         self._activation = model.card.output.activation
         self._top_k = model.card.output.top_k
         self._labels = pa.array(model.labels, pa.string()) if model.labels else None
-        self.schema = pa.schema([("top", TOP_TYPE)])
 
     def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
         logits = outputs[0].reshape(len(outputs[0]), -1).astype(np.float32, copy=False)
@@ -57,7 +56,6 @@ class Embedding:
     def __init__(self, dimensions: int, activation: str) -> None:
         self._activation = activation
         self._type = pa.list_(pa.float32(), dimensions)
-        self.schema = pa.schema([("embedding", self._type)])
 
     def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
         vectors = outputs[0].reshape(len(outputs[0]), -1).astype(np.float32, copy=False)
@@ -80,7 +78,6 @@ class Raw:
         shapes = [{"shape": ",".join(map(str, array.shape[1:]))} for array in examples]
         fields = [pa.field(name, kind, metadata=m) for name, kind, m in zip(names, lists, shapes, strict=True)]
         self._type = pa.struct(fields)
-        self.schema = pa.schema([("outputs", self._type)])
 
     def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
         finite = np.ones(len(outputs[0]), np.bool_)

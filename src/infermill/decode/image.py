@@ -11,8 +11,10 @@ but for these: 16-bit grey is scaled (`>> 8`) where Pillow clips it; JPEG data t
 Pillow makes up the rest; damaged EXIF counts as upright; samples of 12 or 32 bits, signed or floating point, whose
 range is not known, are refused. Alpha is dropped. Of several pictures in a file, the first one counts.
 
-The profile `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where that leaves at least twice the resized size,
-and resizes with SIMD. See docs and tests/test_decode.py for how far that is from `exact`.
+The profile `fast` reduces images with SIMD, and decodes a JPEG at 1/2, 1/4 or 1/8 of its size where that leaves at
+least twice the resized size. Measured on photos, its values (0 to 255) differ from those of `exact` by at most 1
+(bilinear, one value in seven) or 9 (bicubic, lanczos); where JPEGs are decoded smaller, by at most 9, and by 0.3 to
+1.2 on average. Other filters, and enlarging, are the same in both.
 """
 
 import io
@@ -225,7 +227,7 @@ def _read_jpeg(data: bytes, preprocess: Preprocess, profile: DecodeProfile, max_
         _check_pixels(width, height, max_pixels)
         turn = _TURNS.get(_jpeg_orientation(data))
         size = (height, width) if turn in _SIDEWAYS else (width, height)
-        divisor = _divisor(*size, turn, preprocess) if profile == "fast" else 1
+        divisor = 1 if profile == "exact" else _divisor(*size, turn, preprocess)
         mode = "CMYK" if color_space in {"CMYK", "YCCK"} else "RGB"
         pixels = simplejpeg.decode_jpeg(data, mode, min_height=-(-height // divisor), min_width=-(-width // divisor))
     except KeyError:
@@ -258,6 +260,8 @@ def _jpeg_orientation(data: bytes) -> int:
 
 def _divisor(width: int, height: int, turn: Transpose | None, preprocess: Preprocess) -> int:
     """By how much a JPEG can be decoded smaller and still be at least twice as large as its resized size."""
+    if preprocess.resize is None or _FILTERS[preprocess.resize.filter][2] is None:
+        return 1
     axes = _axes(width, height, preprocess)
     for divisor in (8, 4, 2):
         # A partial block sticks out at the right and at the bottom; turned, it would shift the picture.
@@ -423,7 +427,7 @@ def _fit(picture: _Picture, preprocess: Preprocess, profile: DecodeProfile, max_
 
 
 def _are_rows_first(columns: _Axis, rows: _Axis) -> bool:
-    """Whether Pillow resizes rows before columns; the condition holds wherever any Pillow from 12 to 13 does so."""
+    """Whether a Pillow from 12 to 13 may resize rows before columns, which rounds differently."""
     loss = rows.before - rows.after
     return loss > 0 and (loss > 2 * (columns.before - columns.after) or rows.before > 100 * columns.before)
 
