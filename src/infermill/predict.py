@@ -77,9 +77,9 @@ def load_model(
             if isinstance(image, bytes):
                 return decode(image)
             if isinstance(image, PIL.Image.Image):
-                return prepare(image, resolved.card.preprocess)
+                return prepare(image, resolved.card.preprocess, options.decode)
             if isinstance(image, np.ndarray):
-                return prepare_array(image, resolved.card.preprocess)
+                return prepare_array(image, resolved.card.preprocess, options.decode)
             return decode(_read(Path(image)))
         except BadInputError as error:
             return error.failure
