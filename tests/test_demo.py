@@ -23,7 +23,8 @@ from infermill.job import run
 from infermill.models.card import read_card
 from infermill.models.lite0 import lite0_onnx
 from infermill.output import read
-from infermill.types import Options
+from infermill.predict import Label, load_model
+from infermill.types import CardOptions, Options, RuntimeName
 
 
 @pytest.fixture(scope="module")
@@ -321,19 +322,21 @@ def test_another_job_in_the_way(
     assert "remove the folder infermill-demo/" in problem.value.hint
 
 
-def test_examples_run(files: DemoFiles, tmp_path: Path) -> None:
-    output = _example("classify_folder.py", files.photos, files.card, tmp_path / "out")
-    assert [line for line in output if "coffee.png\tespresso\t0.7" in line]
-    assert len(output) == len(PHOTOS)
-    output = _example("predict_in_memory.py", files.card, files.photos / "coffee.png")
-    assert [line.partition(": ")[2] for line in output[:4]] == ["espresso 0.779"] * 4
-    assert "truncated" in output[4]
+def test_both_runtimes_agree_on_the_photos(files: DemoFiles) -> None:
+    photos = [files.photos / name for name in PHOTOS]
+    everything = CardOptions(top_k=1000)
+    runtimes: tuple[RuntimeName, ...] = ("openvino", "onnxruntime")
+    one, other = (load_model(files.card, Options(runtime=name), everything)(photos) for name in runtimes)
+    for first, second in zip(one, other, strict=True):
+        assert first.top is not None
+        assert second.top is not None
+        assert first.top[0].index == second.top[0].index
+        scores = [np.array([label.score for label in sorted(top, key=_index)]) for top in (first.top, second.top)]
+        assert np.abs(scores[0] - scores[1]).max() <= 1e-4
 
 
-def _example(name: str, *arguments: Path) -> list[str]:
-    script = Path(__file__).parents[1] / "examples" / name
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+def _index(label: Label) -> int:
+    return label.index
 
 
 def _preprocessed(
