@@ -7,7 +7,7 @@ export UV_PYTHON_DOWNLOADS := never
 .PHONY: demo test check bench format
 
 demo: $(UV)
-	@$(UV) sync --quiet --locked --no-default-groups --extra demo
+	@$(UV) sync --quiet --locked --inexact --no-default-groups --extra demo
 	@$(UV) run --quiet --no-sync infermill demo
 
 test: .venv/installed

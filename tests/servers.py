@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import boto3
 import pytest
@@ -209,7 +209,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class ScriptedStore:
-    """GET, HEAD, PUT and DELETE of objects as S3 has them, without listing; a script says what goes wrong.
+    """GET, HEAD, PUT and DELETE of objects, and one page of a listing, as S3 has them; a script says what goes wrong.
 
     Attributes:
         honours_conditions: whether a PUT with If-None-Match is refused where the object exists.
@@ -244,7 +244,8 @@ class ScriptedStore:
         self._server.server_close()
         self._thread.join()
 
-    def _serve(self, method: str, path: str, headers: Message, content: bytes) -> tuple[Answer, bytes]:
+    def _serve(self, method: str, url: str, headers: Message, content: bytes) -> tuple[Answer, bytes]:
+        path, query = unquote(url.partition("?")[0]), parse_qs(url.partition("?")[2])
         with self._lock:
             if self._answers.get(path):
                 answer = self._answers[path].popleft()
@@ -253,7 +254,23 @@ class ScriptedStore:
                 return self._put(path, headers.get("If-None-Match"), content)
             if method == "POST":
                 return self._delete_many(path, content)
+            if path.rstrip("/").count("/") == 1 and "list-type" in query:
+                return self._list(path.rstrip("/"), query.get("prefix", [""])[0])
             return self._get(path, headers.get("Range"))
+
+    def _list(self, bucket: str, prefix: str) -> tuple[Answer, bytes]:
+        """What lies directly below the prefix."""
+        keys = [
+            path.removeprefix(f"{bucket}/") for path in sorted(self.objects) if path.startswith(f"{bucket}/{prefix}")
+        ]
+        contents = "".join(
+            f"<Contents><Key>{key}</Key><Size>{len(self.objects[f'{bucket}/{key}'])}</Size><ETag>&quot;x&quot;</ETag>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for key in keys
+            if "/" not in key.removeprefix(prefix)
+        )
+        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>"
+        return Answer(200, headers={"Content-Type": "application/xml"}), body.encode()
 
     def _put(self, path: str, condition: str | None, content: bytes) -> tuple[Answer, bytes]:
         answer = None
@@ -294,8 +311,7 @@ class ScriptedStore:
                 signed = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization", ""))
                 store.credentials.append(signed[1] if signed else None)
                 content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                path = unquote(self.path.partition("?")[0])
-                answer, body = store._serve(self.command, path, self.headers, content)
+                answer, body = store._serve(self.command, self.path, self.headers, content)
                 self.send_response(answer.status)
                 for name, value in ({"Content-Length": str(len(body))} | dict(answer.headers)).items():
                     self.send_header(name, value)

@@ -99,6 +99,11 @@ def test_a_wrong_value_names_its_field(fields: dict[str, Any], message: str) -> 
         (b"- a\n- list\n", "is not a model card"),
         (b"", "is not a model card"),
         (b"name: [", "is not YAML"),
+        (b"[" * 20_000, "is not YAML"),
+        (b"name: 2024-99-99", "is not YAML"),
+        (b"name: " + b"1" * 5000, "is not YAML"),
+        (b"name: !!timestamp noon", "is not YAML"),
+        (b"name: !!bool perhaps", "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
         (b"x" * (1 << 20) + b"x", "is larger than 1 MiB"),
     ],
@@ -110,6 +115,12 @@ def test_a_file_that_is_no_card_is_refused(tmp_path: Path, content: bytes, messa
         read_card(path)
     assert str(path) in caught.value.message
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["", "missing.yaml", "x" * 300])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="cannot read"):
+        read_card(tmp_path / name)
 
 
 # --- digest
@@ -158,6 +169,11 @@ def test_the_digest_covers_labels_and_the_bytes_of_every_file(weights: dict[str,
         digests.add(digest_of(card(), None, weights))
     assert len(digests) == 8
     assert all(digest.startswith("sha256:") and len(digest) == 71 for digest in digests)
+
+
+def test_a_file_that_cannot_be_read_has_no_digest(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot read"):
+        digest_of(card(), None, {"onnx": tmp_path})
 
 
 def test_the_digest_does_not_depend_on_names_and_paths(weights: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,6 +181,32 @@ def test_ctrl_c_stops_soon_keeps_finished_parts_and_says_how_to_resume(work: Pat
     assert time.monotonic() - stopped < 2
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    assert "run the same command again to resume" in stderr
+    assert "`infermill run` with the same arguments resumes" in stderr
     assert list((work / "out").glob("part-*.parquet"))
     assert not (work / "out/_SUCCESS").exists()
+
+
+def test_ctrl_c_stops_soon_even_while_a_store_does_not_answer(work: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [INFERMILL, "run", "s3://bucket/photos/", "-m", "model.yaml", "-o", "out", "--endpoint-url", endpoint]
+        process = subprocess.Popen(
+            [*command, "--anonymous"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        process.send_signal(signal.SIGINT)
+        stopped = time.monotonic()
+        _, stderr = process.communicate(timeout=30)
+        connection.close()
+    assert time.monotonic() - stopped < 2
+    assert process.returncode == 130
+    assert stderr.startswith("error: stopped\n")
+
+
+def test_what_a_bare_network_is_taken_for_is_said(work: Path) -> None:
+    done = infermill("run", "photos", "-m", "tiny.onnx", "-o", "out", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "assumed: " in done.stderr

@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,9 @@ import infermill
 from infermill import Options
 from infermill.errors import JobMismatchError, ModelError, SourceError, UsageError
 from infermill.job import parse_budget
+from infermill.meter import Meter
 from tests.networks import tiny_classifier
+from tests.servers import ScriptedStore
 
 CLASSES = 10
 
@@ -128,22 +133,21 @@ def test_only_missing_partitions_are_predicted(card: Path, photos: Path, tmp_pat
     kept = (tmp_path / "out/part-00000.parquet").stat().st_ino
     for name in ("part-00001.parquet", "part-00003.parquet", "_SUCCESS"):
         (tmp_path / "out" / name).unlink()
-    seen: list[int] = []
-    summary = infermill.run(photos, card, tmp_path / "out", SMALL, display=lambda _, objects: _note(seen, objects))
-    assert seen == [6 + 3]
+    meters: list[Meter] = []
+    summary = infermill.run(photos, card, tmp_path / "out", SMALL, display=_into(meters))
+    assert [(meter.todo, meter.objects) for meter in meters] == [(6 + 3, 6 + 3)]
     assert (summary.planned, summary.ok, summary.failures_by_code) == (21, 20, undisturbed.failures_by_code)
     assert (tmp_path / "out/part-00000.parquet").stat().st_ino == kept
     _assert_same_rows(infermill.read(tmp_path / "out"), expected)
     assert (tmp_path / "out/_SUCCESS").exists()
 
 
-class _note:  # noqa: N801 - reads as a function
-    def __init__(self, seen: list[int], objects: int) -> None:
-        seen.append(objects)
+def _into(meters: list[Meter]) -> Callable[[Meter], AbstractContextManager[None]]:
+    def display(meter: Meter) -> AbstractContextManager[None]:
+        meters.append(meter)
+        return nullcontext()
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    return display
 
 
 def _assert_same_rows(rows: pa.Table, expected: pa.Table) -> None:
@@ -187,7 +191,7 @@ def test_another_model_or_source_is_refused(card: Path, photos: Path, tmp_path: 
     with pytest.raises(JobMismatchError, match=r"source: .*photos -> .*others"):
         infermill.run(tmp_path / "others", card, tmp_path / "out", SMALL)
     card.write_text(card.read_text().replace("exact: [32, 32]", "exact: [32, 32], filter: bicubic"))
-    with pytest.raises(JobMismatchError, match=r"(?s)model: sha256.*preprocess: .*bilinear.*bicubic"):
+    with pytest.raises(JobMismatchError, match=r"(?s)model: sha256.*preprocess.resize: .*bilinear.*bicubic"):
         infermill.run(photos, card, tmp_path / "out", SMALL)
 
 
@@ -205,6 +209,13 @@ def test_limit_takes_the_first_objects(card: Path, photos: Path, tmp_path: Path)
     assert infermill.read(tmp_path / "out")["key"].to_pylist() == [f"photo-{i:03d}.png" for i in range(7)]
 
 
+def test_a_lost_reply_to_the_job_file_costs_nothing(card: Path, photos: Path, scripted_store: ScriptedStore) -> None:
+    options = replace(SMALL, endpoint_url=scripted_store.options.endpoint_url, region=scripted_store.options.region)
+    scripted_store.lost_replies = 20
+    assert infermill.run(photos, card, "s3://jobs/out", options).ok == 20
+    assert infermill.run(photos, card, "s3://jobs/out", options).model_loads == 0
+
+
 def test_two_drivers_at_once_end_well(card: Path, photos: Path, tmp_path: Path) -> None:
     summaries: list[infermill.Summary] = []
     drivers = [
@@ -218,6 +229,72 @@ def test_two_drivers_at_once_end_well(card: Path, photos: Path, tmp_path: Path) 
     assert [(summary.planned, summary.ok) for summary in summaries] == [(20, 20)] * 2
     assert infermill.read(tmp_path / "out").num_rows == 20
     assert len(list((tmp_path / "out/_infermill/plan").iterdir())) == 1
+
+
+def test_parts_of_another_job_are_not_taken_for_ours(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    shutil.rmtree(tmp_path / "out/_infermill")
+    (tmp_path / "out/_SUCCESS").unlink()
+    with pytest.raises(JobMismatchError, match=r"part-0000\d\.parquet belongs to another job"):
+        infermill.run(photos, card, tmp_path / "out", SMALL)
+
+
+def test_a_stray_part_is_named(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    infermill.run(photos, card, tmp_path / "other", SMALL)
+    shutil.copy(tmp_path / "other/part-00000.parquet", tmp_path / "out/part-00007.parquet")
+    with pytest.raises(JobMismatchError, match=r"part-00007\.parquet belongs to another job"):
+        infermill.run(photos, card, tmp_path / "out", SMALL)
+
+
+def test_a_manifest_with_other_content_is_another_job(
+    card: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = tmp_path / "keys.txt"
+    keys.write_text("photos/photo-000.png\nphotos/photo-001.png\n")
+    assert infermill.run("keys.txt", card, "out").planned == 2
+    assert infermill.run(keys.rename(tmp_path / "moved.txt"), card, "out").model_loads == 0
+    keys.write_text("photos/photo-002.png\n")
+    with pytest.raises(JobMismatchError, match="source: manifest sha256:"):
+        infermill.run("keys.txt", card, "out")
+
+
+def test_a_damaged_job_file_is_told(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    for content in ("{", "[]", '{"format": 1}', '{"format": 99, "plan": {}}'):
+        (tmp_path / "out/_infermill/job.json").write_text(content)
+        with pytest.raises(JobMismatchError, match=r"job\.json is damaged, or not of format 1"):
+            infermill.run(photos, card, tmp_path / "out", SMALL)
+
+
+def test_a_damaged_plan_is_told(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    (plan,) = (tmp_path / "out/_infermill/plan").iterdir()
+    plan.write_bytes(plan.read_bytes()[:100])
+    (tmp_path / "out/part-00001.parquet").unlink()
+    with pytest.raises(infermill.StoreError, match=r"plan file .* is damaged"):
+        infermill.run(photos, card, tmp_path / "out", SMALL)
+
+
+def test_names_that_are_not_utf8(card: Path, photos: Path, tmp_path: Path) -> None:
+    source, output = (tmp_path / os.fsdecode(name) for name in (b"ph\xff", b"out\xff"))
+    photos.rename(source)
+    assert infermill.run(source, card, output, SMALL).ok == 20
+    assert infermill.run(source, card, output, SMALL).model_loads == 0
+
+
+def test_a_write_error_stops_the_job_and_not_only_the_caller(card: Path, photos: Path, tmp_path: Path) -> None:
+    meters: list[Meter] = []
+    keys = [str(photos / f"photo-{i % 20:03d}.png") for i in range(20_000)]
+    (tmp_path / "keys.txt").write_text("\n".join(keys))
+    (tmp_path / "out/part-00001.parquet").mkdir(parents=True)
+    with pytest.raises(infermill.StoreError):
+        infermill.run(tmp_path / "keys.txt", card, tmp_path / "out", SMALL, display=_into(meters))
+    settled = meters[0].objects
+    assert settled < 20_000
+    time.sleep(0.3)
+    assert meters[0].objects <= settled + 16
 
 
 def test_what_changes_after_listing_is_a_row(card: Path, photos: Path, tmp_path: Path) -> None:

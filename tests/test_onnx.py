@@ -21,7 +21,9 @@ from infermill.models.onnx import (
     external_files,
     external_names,
     inspect_network,
+    read_network,
 )
+from infermill.types import CardOptions
 from tests.networks import Network, tiny_classifier, tiny_embedding, tiny_raw
 
 
@@ -117,7 +119,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_read(tmp_path: Path, data: st.
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     try:
         info = inspect_network(path)
-        card, _ = guess_card(path, info)
+        card, _ = guess_card(path, info, CardOptions())
         check_network(card, None, info)
     except ModelError as error:
         assert "\n" not in error.message
@@ -126,9 +128,13 @@ def test_a_damaged_file_is_refused_in_one_line_or_read(tmp_path: Path, data: st.
 # --- external data
 
 
+def files_beside(path: Path) -> dict[str, Path]:
+    return external_files(read_network(path), path)
+
+
 def test_external_files_are_found_beside_the_network(external: Path) -> None:
     data = external.with_name("tiny.onnx.data")
-    assert external_files(external) == {"tiny.onnx.data": data}
+    assert files_beside(external) == {"tiny.onnx.data": data}
     assert external_names(external) == ("tiny.onnx.data",)
     assert inspect_network(external).file_bytes == external.stat().st_size + data.stat().st_size
 
@@ -151,14 +157,14 @@ def test_weights_of_constants_and_subgraphs_are_external_too(tmp_path: Path) -> 
     net.nodes.append(helper.make_node("Constant", [], ["c"], value=kept_in("outer.bin")))
     output = helper.make_tensor_value_info("out", 1, [1])
     path = net.save(tmp_path / "net.onnx", [helper.make_tensor_value_info("flag", 9, [])], [output])
-    assert set(external_files(path)) == {"inner.bin", "outer.bin", "deep/w.bin"}
+    assert set(files_beside(path)) == {"inner.bin", "outer.bin", "deep/w.bin"}
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../secret.bin", "sub/../../secret.bin", "sub/../tiny.onnx.data"])
 def test_external_data_outside_the_folder_is_refused(external: Path, location: str) -> None:
     (external.parents[1] / "secret.bin").write_bytes(bytes(10_000))
     edited_location(external, location)
-    for read in (external_files, external_names, inspect_network):
+    for read in (files_beside, external_names, inspect_network):
         with pytest.raises(ModelError, match="are outside the model's folder") as caught:
             read(external)
         assert "`weight0`" in caught.value.message
@@ -176,7 +182,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(external: Path) -> None:
     linked.joinpath("tiny.onnx").write_bytes(external.read_bytes())
     linked.joinpath("tiny.onnx.data").symlink_to("inside.bin")
     linked.joinpath("inside.bin").write_bytes(secret.read_bytes())
-    assert external_files(linked / "tiny.onnx") == {"tiny.onnx.data": linked / "inside.bin"}
+    assert files_beside(linked / "tiny.onnx") == {"tiny.onnx.data": linked / "inside.bin"}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_a_device_is_no_external_data(external: Path) -> None:
 
 def guessed(path: Path) -> tuple[ModelCard, str]:
     info = inspect_network(path)
-    card, notes = guess_card(path, info)
+    card, notes = guess_card(path, info, CardOptions())
     check_network(card, None, info)
     return card, "\n".join(notes)
 
@@ -251,6 +257,46 @@ def test_probabilities_need_no_softmax(tmp_path: Path) -> None:
     assert "the network ends in Softmax" in notes
 
 
+@pytest.mark.parametrize(("op", "activation"), [("Gemm", "sigmoid"), ("Sigmoid", "none")])
+@pytest.mark.parametrize("shape", [("N", 1), ("N", 1, 1, 1)])
+def test_a_classifier_of_one_class_ends_in_a_sigmoid(shape: tuple[str | int, ...], op: str, activation: str) -> None:
+    card, _ = guess_card(Path("one.onnx"), network(output=shape, op=op), CardOptions())
+    assert (card.task, card.output.activation) == ("classification", activation)
+
+
+@pytest.mark.parametrize(
+    ("given", "dropped"),
+    [
+        (CardOptions(task="embedding"), ["task is", "output.activation", "labels are"]),
+        (CardOptions(labels="labels.txt"), ["labels are"]),
+        (CardOptions(exact=(224, 224)), ["preprocess.resize"]),
+        (CardOptions(shorter=256), ["preprocess.resize"]),
+        (CardOptions(crop=(224, 224)), ["preprocess.crop", "images are made"]),
+        (CardOptions(color="BGR"), ["preprocess.color"]),
+        (CardOptions(scale=1.0), ["preprocess.scale"]),
+        (CardOptions(mean=(0, 0, 0)), ["preprocess.mean"]),
+        (CardOptions(std=(1, 1, 1)), ["preprocess.std"]),
+        (CardOptions(layout="NCHW"), ["input.layout"]),
+        (CardOptions(activation="none"), ["output.activation"]),
+    ],
+)
+def test_what_is_given_is_not_among_the_assumptions(given: CardOptions, dropped: list[str]) -> None:
+    info = network(image=("N", None, None, None))
+    everything = "\n".join(guess_card(Path("a.onnx"), info, CardOptions())[1])
+    rest = "\n".join(guess_card(Path("a.onnx"), info, given)[1])
+    named = ["task is", "output.activation", "labels are", "preprocess.resize", "preprocess.crop", "images are made",
+             "preprocess.color", "preprocess.scale", "preprocess.mean", "preprocess.std", "input.layout"]  # fmt: skip
+    assert [one for one in named if one not in everything] == []
+    assert [one for one in named if one not in rest] == [one for one in named if one in dropped]
+
+
+def test_the_guess_goes_with_what_is_given() -> None:
+    card, _ = guess_card(Path("a.onnx"), network(op="GlobalAveragePool"), CardOptions(task="classification"))
+    assert card.output.activation == "softmax"
+    card, _ = guess_card(Path("a.onnx"), network(image=("N", None, None, None)), CardOptions(layout="NHWC"))
+    assert card.input.layout == "NHWC"
+
+
 def test_bytes_are_not_normalised(tmp_path: Path) -> None:
     card, notes = guessed(tiny_classifier(tmp_path / "tiny.onnx", size=96, dtype="uint8", layout="NHWC"))
     assert (card.input.dtype, card.input.layout, card.preprocess.scale) == ("uint8", "NHWC", 1)
@@ -287,13 +333,13 @@ def test_embeddings_and_other_outputs_are_guessed(tmp_path: Path) -> None:
 
 def test_an_image_that_is_not_square_is_stretched(tmp_path: Path) -> None:
     info = network(image=("N", 3, 128, 64))
-    card, notes = guess_card(Path("tall.onnx"), info)
+    card, notes = guess_card(Path("tall.onnx"), info, CardOptions())
     assert card.preprocess.height_width == (128, 64)
     assert "stretches images to 128x64" in notes[0]
 
 
 def test_an_undecided_layout_is_noted() -> None:
-    card, notes = guess_card(Path("open.onnx"), network(image=("N", None, None, None)))
+    card, notes = guess_card(Path("open.onnx"), network(image=("N", None, None, None)), CardOptions())
     assert card.input.layout == "NCHW"
     assert any("input.layout is NCHW" in note for note in notes)
 

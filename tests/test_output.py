@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infermill import read, read_batches
-from infermill.errors import StoreError, UsageError
+from infermill.errors import JobMismatchError, StoreError, UsageError
 from infermill.output import Output, part_name, rows_table
 from infermill.types import Failure, ObjectRef, PartitionReport, StoreOptions
 from tests.servers import Answer, Bucket, ScriptedStore, free_port
@@ -159,7 +160,7 @@ def test_a_killed_writer_leaves_no_half_file_that_a_reader_would_see(tmp_path: P
 def test_a_part_holds_the_rows_and_the_report(output: Output) -> None:
     assert output.create_part(0, rows(), REPORT, NOTES) == REPORT
     assert output.parts() == {0: "part-00000.parquet"}
-    assert output.reports(output.parts().values()) == [REPORT]
+    assert output.reports(output.parts().values(), NOTES) == [REPORT]
     table = pq.read_table(pa.BufferReader(output.read_existing("part-00000.parquet")))
     assert table.schema.metadata[b"infermill.digest"] == b"sha256:abc"
     assert len(table.schema.metadata[b"infermill.write_id"]) == 32
@@ -223,13 +224,37 @@ def test_a_part_whose_store_breaks_down_is_told(scripted_store: ScriptedStore) -
     with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
         output.create_part(0, rows(), REPORT, NOTES)
     with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
-        output.reports(["part-00000.parquet"])
+        output.reports(["part-00000.parquet"], NOTES)
 
 
 def test_the_probe_passes_and_leaves_nothing(output: Output) -> None:
     output.probe()
     assert output.names("_infermill") == []
     output.probe()
+
+
+def test_a_part_of_another_job_is_not_adopted(output: Output) -> None:
+    output.create_part(0, rows(), REPORT, NOTES)
+    others = NOTES | {"digest": "sha256:other"}
+    with pytest.raises(JobMismatchError, match=r"part-00000\.parquet belongs to another job"):
+        output.create_part(0, rows(), REPORT, others)
+    with pytest.raises(JobMismatchError, match=r"part-00000\.parquet belongs to another job"):
+        output.reports(["part-00000.parquet"], others)
+
+
+def test_the_probe_passes_when_a_reply_is_lost(scripted_store: ScriptedStore) -> None:
+    scripted_store.lost_replies = 1
+    Output("s3://jobs/out", scripted_store.options).probe()
+    assert not scripted_store.objects
+
+
+def test_a_file_system_without_hard_links_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # what vfat answers
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(StoreError, match="does not support hard links"):
+        Output(str(tmp_path), StoreOptions()).probe()
 
 
 def test_the_probe_refuses_a_store_that_ignores_conditions(careless_store: ScriptedStore) -> None:
@@ -272,7 +297,7 @@ def test_an_output_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pyt
     output = Output(name, StoreOptions())
     output.probe()
     assert output.create_part(0, rows(), REPORT, NOTES) == REPORT
-    assert output.reports(output.parts().values()) == [REPORT]
+    assert output.reports(output.parts().values(), NOTES) == [REPORT]
     assert (tmp_path / "here" / name / "part-00000.parquet").exists()
     assert read(name).num_rows == 2
 
@@ -315,7 +340,7 @@ def test_a_part_that_somebody_else_wrote_is_told(content: bytes, output: Output)
         output.create_part(0, rows(), REPORT, NOTES)
     assert caught.value.hint == "move it out of the way"
     with pytest.raises(StoreError, match="infermill did not write"):
-        output.reports(["part-00000.parquet"])
+        output.reports(["part-00000.parquet"], NOTES)
 
 
 def test_a_dead_store_is_told_once(aws_environment: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from infermill import pipeline
-from infermill.errors import BadInputError, StoreError
+from infermill.errors import BadInputError, ModelError, StoreError
 from infermill.meter import Meter
 from infermill.pipeline import Arrays, PartitionRows, Stages, run_pipeline
 from infermill.types import ObjectRef
 
 
-def _fetch(ref: ObjectRef) -> bytes:
+def _fetch(ref: ObjectRef, reserve: Callable[[int], None]) -> bytes:
+    reserve(max(ref.size, 1))
     if ref.key.startswith("missing"):
         raise BadInputError("fetch", "missing", "gone")
     return ref.key.encode()
@@ -97,7 +98,7 @@ def test_batches_are_full_across_partitions_and_only_the_last_is_short() -> None
 
 @pytest.mark.parametrize("stage", ["fetch", "decode", "predict", "finish"])
 def test_any_other_error_stops_the_pipeline_and_reaches_the_caller(stage: str) -> None:
-    def broken(_: object) -> object:
+    def broken(*_: object) -> object:
         raise StoreError("the store is down")
 
     stages = replace(STAGES, **{stage: broken})  # type: ignore[arg-type]
@@ -120,7 +121,7 @@ def test_a_caller_that_leaves_stops_all_threads_at_once() -> None:
     finished = run_pipeline(enumerate(refs), STAGES, Meter())
     next(finished)
     started = time.monotonic()
-    finished.close()  # type: ignore[attr-defined]
+    finished.close()
     assert time.monotonic() - started < 2
     _wait_until(lambda: not _pipeline_threads())
 
@@ -130,8 +131,9 @@ def test_bytes_between_fetch_and_decode_are_bounded(monkeypatch: pytest.MonkeyPa
     lock = threading.Lock()
     in_flight = peak = 0
 
-    def fetch(ref: ObjectRef) -> bytes:
+    def fetch(ref: ObjectRef, reserve: Callable[[int], None]) -> bytes:
         nonlocal in_flight, peak
+        reserve(400)
         with lock:
             in_flight += 400
             peak = max(peak, in_flight)
@@ -145,7 +147,7 @@ def test_bytes_between_fetch_and_decode_are_bounded(monkeypatch: pytest.MonkeyPa
         return _decode(data.strip())
 
     stages = replace(STAGES, fetch=fetch, decode=decode, fetch_threads=8)  # type: ignore[arg-type]
-    refs = [ObjectRef(f"good-{i}", 400) for i in range(60)]
+    refs = [ObjectRef(f"good-{i}") for i in range(60)]  # their size is not known before they are fetched
     list(run_pipeline([(0, refs)], stages, Meter()))
     assert peak <= 800
 
@@ -168,6 +170,46 @@ def test_the_meter_knows_where_the_time_went() -> None:
     assert meter.stage_seconds["predict"] >= 10 * 0.02
     assert meter.stage_seconds["predict"] > meter.stage_seconds["decode"]
     assert meter.threads == {"fetch": 3, "decode": 2, "predict": 2}
+
+
+def test_a_caller_that_is_slow_slows_the_pipeline_down() -> None:
+    meter = Meter()
+    partitions = [[ObjectRef(f"good-{20 * p + i}", 1) for i in range(20)] for p in range(500)]
+    finished = run_pipeline(enumerate(partitions), STAGES, meter)
+    next(finished)
+    time.sleep(0.5)
+    settled = meter.objects
+    time.sleep(0.3)
+    assert meter.objects == settled
+    assert settled <= 20 * (pipeline.OPEN_PARTITIONS + STAGES.batch_size * STAGES.predict_threads + 1)
+    assert 1 + len(list(finished)) == 500
+
+
+def test_one_slow_object_does_not_let_partitions_pile_up() -> None:
+    release = threading.Event()
+
+    def fetch(ref: ObjectRef, reserve: Callable[[int], None]) -> bytes:
+        if ref.key == "good-0":
+            release.wait(10)
+        return _fetch(ref, reserve)
+
+    meter = Meter()
+    partitions = [[ObjectRef(f"good-{2 * p + i}", 1) for i in range(2)] for p in range(500)]
+    finished = run_pipeline(enumerate(partitions), replace(STAGES, fetch=fetch), meter)
+    collected = [next(finished) for _ in range(100)]
+    release.set()
+    collected += list(finished)
+    assert sorted(rows.partition for rows in collected) == list(range(500))
+
+
+def test_outputs_whose_shape_depends_on_the_image_are_an_error() -> None:
+    def finish(outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
+        length = 1 if np.asarray(outputs[0], np.float32).max() < 4 else 2
+        return (np.zeros((len(outputs[0]), length)),), np.ones(len(outputs[0]), np.bool_)
+
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
+    with pytest.raises(ModelError, match="for one image"):
+        list(run_pipeline([(0, refs)], replace(STAGES, finish=finish), Meter()))
 
 
 def _pipeline_threads() -> list[str]:

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from infermill import plan
+from infermill.errors import StoreError
 from infermill.plan import PARTITIONS_PER_FILE, cut, known_bytes, partition_reader, write_plan
 from infermill.sources.objects import LISTING_SCHEMA
 from infermill.types import ObjectRef
@@ -125,6 +126,12 @@ def test_a_plan_of_several_files() -> None:
     assert found == [f"{number}.jpg" for number in range(2 * count - 1)]
     assert reads == sorted(files)
     assert [ref.key for ref in refs(1)] == ["2.jpg", "3.jpg"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"not Parquet", b"PAR1" * 10])
+def test_a_damaged_plan_is_told(damage: bytes) -> None:
+    with pytest.raises(StoreError, match="plan file abc-00001.parquet is damaged"):
+        partition_reader("abc", lambda name: damage)(PARTITIONS_PER_FILE)
 
 
 def test_a_plan_of_exactly_one_file_has_no_second_one() -> None:

@@ -43,20 +43,19 @@ def test_elsewhere_than_in_a_terminal_there_are_log_lines(
 ) -> None:
     monkeypatch.setattr("infermill.progress.LOG_SECONDS", 0.05)
     meter = Meter()
-    with show_progress(meter, 100):
+    with show_progress(meter):
+        meter.listed = 1234
+        time.sleep(0.2)
+        meter.todo, meter.model_loads = 100, 1
         for number in range(25):
-            meter.count(1_000_000, "truncated" if number == 3 else None)
+            meter.fetched(1_000_000)
+            meter.settled("truncated" if number == 3 else None)
         time.sleep(0.3)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert re.search(r"^ +0 s  25/100 · 25 MB · [\d,.]+/s · ETA \S+ s · 1 failed$", captured.err, re.MULTILINE)
+    assert "listing: 1,234 objects\n" in captured.err
+    assert re.search(r"^ +\d s  25/100 · 25 MB · [\d,.]+/s · ETA \S+ s · 1 failed$", captured.err, re.MULTILINE)
     assert "\x1b" not in captured.err
-
-
-def test_a_job_without_anything_to_do_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_progress(Meter(), 0):
-        pass
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("no_color", [True, False])

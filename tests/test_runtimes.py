@@ -372,6 +372,15 @@ def test_a_damaged_weight_is_refused_in_one_line(tmp_path: Path, runtime: Runtim
 
 
 @runtimes
+def test_a_failure_after_the_warm_up_is_told_in_one_line(tmp_path: Path, runtime: RuntimeName) -> None:
+    predictor = load(model_of(tiny_classifier(tmp_path / "odd.onnx")), runtime, threads=1)
+    with pytest.raises(ModelError, match=rf"{runtime} cannot execute odd\.onnx: ") as caught:
+        predictor(pictures(2, 64))
+    assert "\n" not in caught.value.message
+    assert predictor(pictures(2))[0].shape == (2, 10)
+
+
+@runtimes
 def test_a_network_with_a_hidden_fixed_batch_is_refused(tmp_path: Path, runtime: RuntimeName) -> None:
     net = Network()
     mean = net.node("ReduceMean", "images", axes=[0, 2, 3], keepdims=0)

@@ -143,8 +143,24 @@ def test_a_relative_path_and_a_file_uri_are_the_same_source(tmp_path: Path, monk
     make_files(tmp_path, ["my photos/a.jpg"])
     monkeypatch.chdir(tmp_path)
     assert fetched("my photos") == fetched(f"file://{tmp_path}/my%20photos") == {"a.jpg": b"my photos/a.jpg"}
-    assert canonical("my photos") == canonical("my photos/") == canonical(f"file://{tmp_path}/my%20photos/")
-    assert canonical("-") == "-"
+    for same in ("my photos", "my photos/", f"file://{tmp_path}/my%20photos/"):
+        assert canonical(same, StoreOptions()) == f"{tmp_path}/my photos"
+
+
+def test_a_bucket_is_another_one_elsewhere() -> None:
+    here = canonical("s3://b/photos/", StoreOptions(endpoint_url="http://127.0.0.1:1"))
+    assert here != canonical("s3://b/photos/", StoreOptions(endpoint_url="http://127.0.0.1:2"))
+
+
+def test_a_manifest_is_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a.txt", "1\n"), ("b.txt", "1\n"), ("c.txt", "2\n")):
+        (tmp_path / name).write_text(content)
+    a, b, c = (canonical(name, StoreOptions()) for name in ("a.txt", "b.txt", "c.txt"))
+    assert a == b != c
+    (tmp_path / "folder.txt").mkdir()
+    assert canonical("folder.txt", StoreOptions()) == f"{tmp_path}/folder.txt"
+    assert canonical("*.txt", StoreOptions()) == f"{tmp_path}/*.txt"
 
 
 def test_a_folder_whose_name_looks_like_a_uri(tmp_path: Path) -> None:
@@ -440,10 +456,11 @@ def test_a_prefix_that_is_named_hides_nothing(bucket: Bucket) -> None:
 
 @pytest.mark.parametrize("odd", [[], ["data/odd//key"]])
 def test_markers_of_folders_are_no_objects_and_empty_objects_are(odd: list[str], bucket: Bucket) -> None:
-    for name in ("data/", "data/sub/", "data/x.jpg/", "data/empty", *odd):
+    for name in ("data", "data/", "data/both/", "data/sub/", "data/x.jpg/", "data/empty", *odd):
         bucket.put(name, b"")
-    bucket.put("data/sub/a.jpg", b"x")
-    assert keys(f"{bucket.uri}/data/", ALL, bucket.options) == ["data/empty", *odd, "data/sub/a.jpg"]
+    for name in ("data/both", "data/sub/a.jpg"):
+        bucket.put(name, b"x")
+    assert keys(f"{bucket.uri}/data/", ALL, bucket.options) == ["data/both", "data/empty", *odd, "data/sub/a.jpg"]
     assert keys(f"{bucket.uri}/data/", None, bucket.options) == ["data/sub/a.jpg"]
 
 
@@ -566,10 +583,11 @@ def test_an_unreadable_manifest_is_told(
 
 def test_a_manifest_on_standard_input(tmp_path: Path) -> None:
     program = (
-        "from infermill.sources import list_source\n"
+        "from infermill.sources import list_source, rereadable\n"
         "from infermill.types import StoreOptions\n"
-        "source, batches = list_source('-', None, StoreOptions())\n"
-        "print(source.root, [key for batch in batches for key in batch['key'].to_pylist()])\n"
+        "with rereadable('-') as uri:\n"
+        "    source, batches = list_source(uri, None, StoreOptions())\n"
+        "    print(source.root, [key for batch in batches for key in batch['key'].to_pylist()])\n"
     )
     told = subprocess.run(
         [sys.executable, "-c", program], input=b"a b.jpg\n\ns3://b/c\n", capture_output=True, cwd=tmp_path, check=True

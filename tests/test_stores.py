@@ -5,12 +5,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from obstore.store import AzureStore, GCSStore
 
 from infermill.errors import InfermillError, SourceError, StoreError, UsageError
 from infermill.fetch import fetcher
 from infermill.output import Output
 from infermill.sources import list_source
-from infermill.stores import Location, is_nameable, locate, open_reader, open_s3_client, open_store
+from infermill.stores import Location, endpoint_of, is_nameable, locate, open_reader, open_s3_client, open_store
 from infermill.types import ObjectRef, Source, StoreOptions
 from tests.servers import Answer, AuthServer, Bucket, ScriptedStore, credential_process, free_port, write_profile
 
@@ -403,3 +404,44 @@ def test_an_azure_uri_names_its_account() -> None:
     store = open_store(place, StoreOptions())
     assert "photos" in repr(store)
     assert "zoo" in repr(store)
+
+
+def test_an_azure_uri_without_an_account_is_bad_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(UsageError, match="az://photos is in no storage account") as caught:
+        open_store(locate("az://photos/x"), StoreOptions())
+    assert "AZURE_STORAGE_ACCOUNT_NAME" in caught.value.hint
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "zoo")
+    assert "zoo" in repr(open_store(locate("az://photos/x"), StoreOptions()))
+
+
+@pytest.mark.parametrize("uri", ["gs://photos/x", "abfss://photos@zoo.dfs.core.windows.net/x"])
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_anonymous_requests_are_unsigned_in_every_store(uri: str, anonymous: bool) -> None:
+    store = open_store(locate(uri), StoreOptions(anonymous=anonymous))
+    assert isinstance(store, GCSStore | AzureStore)
+    assert ("skip_signature" in store.config) == anonymous
+
+
+@pytest.mark.parametrize("name", [None, "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://localhost:9000", "user:hunter2@localhost:9000"])
+@pytest.mark.parametrize("action", [list_bucket, fetch_exactly])
+def test_an_endpoint_without_http_is_bad_usage(
+    action: Action, endpoint: str, name: str | None, aws_environment: pytest.MonkeyPatch
+) -> None:
+    if name is not None:
+        aws_environment.setenv(name, endpoint)
+    problem = problem_of(action, "photos", StoreOptions(endpoint_url=None if name else endpoint))
+    assert isinstance(problem, UsageError)
+    assert "'localhost:9000'" in problem.message
+    assert "write http://localhost:9000 or https://localhost:9000" in problem.hint
+    assert "hunter2" not in str(problem)
+
+
+def test_the_endpoint_of_an_option_comes_before_the_environment(aws_environment: pytest.MonkeyPatch) -> None:
+    assert endpoint_of(StoreOptions()) is None
+    aws_environment.setenv("AWS_ENDPOINT_URL", "http://all")
+    assert endpoint_of(StoreOptions()) == "http://all"
+    aws_environment.setenv("AWS_ENDPOINT_URL_S3", "http://s3")
+    assert endpoint_of(StoreOptions()) == "http://s3"
+    assert endpoint_of(StoreOptions(endpoint_url="HTTPS://mine")) == "HTTPS://mine"

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json as jsonlib
+import logging
+import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
+from threading import Thread
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -17,7 +21,7 @@ app = App(
     help="Run a trained network over everything in a bucket, a folder or a table, and account for every input.",
     version=__version__,
     help_format="rich",
-    suppress_keyboard_interrupt=False,
+    result_action="return_value",
     default_parameter=Parameter(negative=()),
 )
 CARD = Group("Model (for a bare .onnx, or to override the card)", sort_key=2)
@@ -50,8 +54,9 @@ def run(
     from infermill import job, report
     from infermill.progress import show_progress
 
+    _log_to_stderr()
     summary = job.run(source, model, output, options, card, show_progress)
-    print(jsonlib.dumps(summary.as_json(), ensure_ascii=False) if json else report.summary_text(summary))
+    print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
     if summary.failed > job.parse_budget(options.max_failures)(summary.planned):
         message = (
             f"{summary.failed:,} of {summary.planned:,} objects failed, more than --max-failures {options.max_failures}"
@@ -74,8 +79,9 @@ def plan(
     """Count SOURCE and predict a sample of it: how long the job will take, and what will fail. Writes nothing."""
     from infermill import job, report
 
+    _log_to_stderr()
     estimate = job.estimate(source, model, options, card)
-    as_json = jsonlib.dumps(dataclasses.asdict(estimate), ensure_ascii=False)
+    as_json = jsonlib.dumps(dataclasses.asdict(estimate))
     print(as_json if json else report.estimate_text(estimate))
     return 0
 
@@ -95,7 +101,7 @@ def inspect(
     from infermill.models.inspection import inspect_model
 
     inspection = inspect_model(model, store, card, write)
-    print(jsonlib.dumps(inspection.as_json(), ensure_ascii=False) if json else report.inspection_text(inspection))
+    print(jsonlib.dumps(inspection.as_json()) if json else report.inspection_text(inspection))
     return 0
 
 
@@ -120,18 +126,44 @@ def demo() -> int:
 
 def main() -> None:
     """Run the command line, and exit: 0 done, 1 failed, 2 bad usage, 3 over the failure budget, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    codes = [1]  # what an unforeseen exception, whose traceback has been printed, leaves
+    # Not in the main thread: that must be free to see Ctrl-C while a store or the network holds the command.
+    command = Thread(target=lambda: codes.insert(0, _run_command()), name="command", daemon=True)
+    command.start()
     try:
-        code = app(exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        code = _complain(UsageError(str(error), "infermill COMMAND --help shows every flag"))
-    except InfermillError as error:
-        code = _complain(error)
+        command.join()
     except KeyboardInterrupt:
-        code = _complain(InfermillError("stopped", "finished parts stay; run the same command again to resume"))
-        code = INTERRUPTED
+        # A job survives a crash at any moment, so this is one: no thread is waited for.
+        _complain(InfermillError("stopped", "finished parts stay: `infermill run` with the same arguments resumes"))
+        _exit_now(INTERRUPTED)
+    sys.exit(codes[0])
+
+
+def _run_command() -> int:
+    try:
+        return app(exit_on_error=False, print_error=False) or 0
+    except CycloptsError as error:
+        return _complain(UsageError(str(error), "infermill COMMAND --help shows every flag"))
+    except InfermillError as error:
+        return _complain(error)
     except BrokenPipeError:
-        code = 1
-    sys.exit(code)
+        return 1
+
+
+def _exit_now(code: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # the cursor, which the bar hides
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("infermill").setLevel(logging.INFO)
 
 
 def _complain(error: InfermillError) -> int:

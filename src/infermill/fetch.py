@@ -6,18 +6,19 @@ import re
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from obstore.exceptions import PreconditionError
 
 from infermill.errors import BadInputError
-from infermill.sources.objects import etag_of
 from infermill.stores import (
     STORE_ERRORS,
     Location,
+    etag_of,
     explain,
     is_denied_object,
     is_nameable,
@@ -32,13 +33,19 @@ if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ObjectStore
 
-Fetch = Callable[[ObjectRef], "ReadableBuffer"]
+Reserve = Callable[[int], object]
 MAX_OBJECT_BYTES = 1 << 30
 _ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 
 
+class Fetch(Protocol):
+    """A ref -> its bytes; `reserve` is called with their number before they are read, and may block."""
+
+    def __call__(self, ref: ObjectRef, reserve: Reserve = ..., /) -> "ReadableBuffer": ...
+
+
 def fetcher(source: Source, options: StoreOptions) -> Fetch:
-    """A function from a ref to its bytes; it blocks without the GIL, and is called from many threads at once.
+    """A function that fetches objects; it blocks without the GIL, and is called from many threads at once.
 
     It raises BadInputError where the object is missing, changed since it was listed, or unreadable, and
     StoreError where the store is at fault.
@@ -56,17 +63,17 @@ def fetcher(source: Source, options: StoreOptions) -> Fetch:
 
     root = locate(source.root)
 
-    def fetch(ref: ObjectRef) -> "ReadableBuffer":
+    def fetch(ref: ObjectRef, reserve: Reserve = lambda _: None, /) -> "ReadableBuffer":
         place = _place(ref.key, source, root)
         if place.is_local:
-            return _read_file(place.uri, ref)
+            return _read_file(place.uri, ref, reserve)
         if not is_nameable(place.path):
             with opening:
                 bucket, client = s3_client_of(place.scheme, place.container)
-            return _get_exactly(client, bucket, place.path, ref.etag)
+            return _get_exactly(client, bucket, place.path, ref.etag, reserve)
         with opening:
             store = store_of(place.scheme, place.container)
-        return _get(store, place, ref.etag)
+        return _get(store, place, ref.etag, reserve)
 
     return fetch
 
@@ -78,11 +85,11 @@ def _place(key: str, source: Source, root: Location) -> Location:
     return locate(key) if "://" in key else locate(Path(source.root, key))
 
 
-def _get(store: "ObjectStore", place: Location, etag: str | None) -> "ReadableBuffer":
+def _get(store: "ObjectStore", place: Location, etag: str | None, reserve: Reserve) -> "ReadableBuffer":
     wanted: GetOptions = {"if_match": etag} if etag else {}
     try:
         answer = store.get(place.path, options=wanted)
-        _check_size(answer.meta["size"])
+        _admit(answer.meta["size"], reserve)
         return answer.bytes()
     except STORE_ERRORS as error:
         raise _object_error(error, place.uri) from None
@@ -100,7 +107,7 @@ def _object_error(error: Exception, uri: str) -> Exception:
     return explain(error, uri)
 
 
-def _read_file(path: str, ref: ObjectRef) -> bytes:
+def _read_file(path: str, ref: ObjectRef, reserve: Reserve) -> bytes:
     try:
         with _open_file(path, ref.key) as file:
             status = os.fstat(file.fileno())
@@ -108,7 +115,7 @@ def _read_file(path: str, ref: ObjectRef) -> bytes:
                 raise BadInputError("fetch", "unreadable", "it is not a file")
             if ref.etag and etag_of(status) != ref.etag:
                 raise BadInputError("fetch", "changed", "it was overwritten after the source was listed")
-            _check_size(status.st_size)
+            _admit(status.st_size, reserve)
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise BadInputError("fetch", "missing", "it is not there any more") from None
@@ -120,9 +127,10 @@ def _read_file(path: str, ref: ObjectRef) -> bytes:
         raise BadInputError("fetch", "unreadable", error.strerror or str(error)) from None
 
 
-def _check_size(size: int) -> None:
+def _admit(size: int, reserve: Reserve) -> None:
     if size > MAX_OBJECT_BYTES:
         raise BadInputError("fetch", "too_large", f"{size} bytes, more than the limit of {MAX_OBJECT_BYTES}")
+    reserve(size)
 
 
 def _open_file(path: str, key: str) -> FileIO:
@@ -145,14 +153,15 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a named pipe that a manifest lists would block for ever
 
 
-def _get_exactly(client: Any, bucket: str, key: str, etag: str | None) -> bytes:
+def _get_exactly(client: Any, bucket: str, key: str, etag: str | None, reserve: Reserve) -> bytes:
     from botocore.exceptions import BotoCoreError, ClientError
 
     condition = {"IfMatch": etag} if etag else {}
     try:
         answer = client.get_object(Bucket=bucket, Key=key, **condition)
-        _check_size(answer["ContentLength"])
-        return bytes(answer["Body"].read())
+        with closing(answer["Body"]) as body:
+            _admit(answer["ContentLength"], reserve)
+            return bytes(body.read())
     except ClientError as error:
         code = error.response["Error"]["Code"]
         if code == "NoSuchKey":

@@ -6,10 +6,11 @@ estimate()  the same without writing anything: count the source, predict a sampl
 
 import datetime
 import json
+import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,14 +28,15 @@ from infermill.models.model import Model, open_model
 from infermill.output import JOB_FILE, PLAN_FOLDER, SUCCESS_FILE, Output
 from infermill.pipeline import run_pipeline
 from infermill.plan import PlanInfo, cut, known_bytes, write_plan
-from infermill.sources import canonical, list_source
+from infermill.sources import canonical, list_source, rereadable
 from infermill.types import CardOptions, ObjectRef, Options, PartitionReport, Source, Summary
-from infermill.worker import Job, load_predictor, stages_of
+from infermill.worker import Job, check_options, load_predictor, stages_of
 
 PROBE_OBJECTS = 64
 FORMAT = 1
-Display = Callable[[Meter, int], AbstractContextManager[object]]
-"Shows a meter while the context is open; the number is how many objects are to be done."
+Display = Callable[[Meter], AbstractContextManager[object]]
+"Shows a meter while the context is open."
+logger = logging.getLogger("infermill")
 
 
 def run(
@@ -43,7 +45,7 @@ def run(
     output: str | Path,
     options: Options | None = None,
     card_options: CardOptions | None = None,
-    display: Display = lambda meter, objects: nullcontext(),
+    display: Display = nullcontext,
 ) -> Summary:
     """Predict everything in `source`, and account for every object in `output`.
 
@@ -71,20 +73,25 @@ def run(
     """
     started = time.monotonic()
     options = options or Options()
-    _check_options(options)
+    check_options(options)
+    parse_budget(options.max_failures)
     resolved = open_model(model, options, card_options or CardOptions())
+    _tell_assumptions(resolved)
     place = Output(str(output), options)
     meter = Meter()
-    found = _read_job(place)
-    if found is None:
-        place.probe()
-        found = _plan_job(str(source), resolved, place, options, meter)
-    job = _checked(found, str(source), resolved, place, options)
-    done = place.parts()
-    todo = [number for number in range(job.plan.partitions) if number not in done]
-    earlier = place.reports(done.values())
-    reports = list(earlier)
-    with display(meter, job.plan.objects - sum(report.ok + report.failed for report in earlier)):
+    with rereadable(str(source)) as listed, display(meter):
+        fingerprint = _fingerprint(listed, resolved, options)
+        found = _read_job(place)
+        if found is None:
+            place.probe()
+            found = _plan_job(listed, fingerprint, place, options, meter)
+        job = _checked(found, fingerprint, resolved, place, options)
+        done = place.parts()
+        reports = place.reports(done.values(), job.notes)
+        todo = [number for number in range(job.plan.partitions) if number not in done]
+        meter.todo = job.plan.objects - sum(report.ok + report.failed for report in reports)
+        if done:
+            logger.info("resuming: %d of %d partitions are done", len(done), job.plan.partitions)
         if todo:
             reports.extend(local.run(job, todo, meter))
     summary = _summary(job, reports, meter, time.monotonic() - started)
@@ -116,20 +123,22 @@ def estimate(
     """Count the source and predict a random sample of 64 objects; nothing is written.
 
     Raises:
-        As `run`.
+        ModelError, SourceError, StoreError: as `run`.
     """
     options = options or Options()
-    _check_options(options)
+    check_options(options)
     resolved = open_model(model, options, card_options or CardOptions())
+    _tell_assumptions(resolved)
     started = time.monotonic()
-    where, batches = list_source(str(source), options.suffix, options)
     sample = _Sample(PROBE_OBJECTS)
     objects = size_bytes = partitions = 0
-    for table in cut(batches, options.partition_objects, options.partition_bytes, options.limit):
-        partitions += 1
-        objects += table.num_rows
-        size_bytes += known_bytes(table)
-        sample.add(table)
+    with rereadable(str(source)) as listed:
+        where, batches = list_source(listed, options.suffix, options)
+        for table in cut(batches, options.partition_objects, options.partition_bytes, options.limit):
+            partitions += 1
+            objects += table.num_rows
+            size_bytes += known_bytes(table)
+            sample.add(table)
     if not objects:
         raise _empty(str(source))
     list_seconds = time.monotonic() - started
@@ -171,12 +180,9 @@ def parse_budget(text: str | None) -> Callable[[int], float]:
     return (lambda planned: planned * number / 100) if text.endswith("%") else (lambda _: number)
 
 
-def _check_options(options: Options) -> None:
-    parse_budget(options.max_failures)
-    for name in ("limit", "threads", "decode_threads", "max_pixels", "partition_objects", "partition_bytes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
+def _tell_assumptions(model: Model) -> None:
+    for line in model.assumptions:
+        logger.warning("assumed: %s", line)
 
 
 def _read_job(place: Output) -> dict[str, Any] | None:
@@ -184,20 +190,23 @@ def _read_job(place: Output) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        data = json.loads(content)
-    except ValueError:
-        data = {}
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise JobMismatchError(
-            f"{place.uri}/{JOB_FILE} is not of format {FORMAT}", "use the infermill that wrote it, or another output"
-        )
-    return data
+        data: dict[str, Any] = json.loads(content)
+        if data["format"] == FORMAT:
+            Source(**data["source"]), PlanInfo(**data["plan"]), dict(data["fingerprint"])
+            return data
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise JobMismatchError(
+        f"{place.uri}/{JOB_FILE} is damaged, or not of format {FORMAT}",
+        "use the infermill that wrote it, or another output",
+    )
 
 
-def _plan_job(source: str, model: Model, place: Output, options: Options, meter: Meter) -> dict[str, Any]:
+def _plan_job(
+    source: str, fingerprint: dict[str, Any], place: Output, options: Options, meter: Meter
+) -> dict[str, Any]:
     """List the source, write the plan, then the job that names it: who creates job.json first, wins."""
     started = time.perf_counter()
-    where, batches = list_source(source, options.suffix, options)
     plan_id = uuid.uuid4().hex[:12]
     created: list[str] = []
 
@@ -205,46 +214,56 @@ def _plan_job(source: str, model: Model, place: Output, options: Options, meter:
         created.append(f"{PLAN_FOLDER}/{name}")
         place.create(created[-1], content)
 
-    tables = cut(batches, options.partition_objects, options.partition_bytes, options.limit)
-    plan = write_plan(tables, plan_id, create)
-    if not plan.objects:
-        raise _empty(source)
-    meter.spend("list", time.perf_counter() - started)
-    job = {
-        "format": FORMAT,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "fingerprint": _fingerprint(source, model, options),
-        "source": asdict(where),
-        "plan": asdict(plan),
-    }
-    if place.create(JOB_FILE, json.dumps(job, indent=1, ensure_ascii=False).encode()):
-        return job
-    place.delete(created)
-    winner = _read_job(place)
+    def counted(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            meter.listed += table.num_rows
+            yield table
+
+    winner = None
+    try:
+        where, batches = list_source(source, options.suffix, options)
+        tables = cut(batches, options.partition_objects, options.partition_bytes, options.limit)
+        plan = write_plan(counted(tables), plan_id, create)
+        if not plan.objects:
+            raise _empty(source)
+        meter.spend("list", time.perf_counter() - started)
+        job = {
+            "format": FORMAT,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "fingerprint": fingerprint,
+            "source": asdict(where),
+            "plan": asdict(plan),
+        }
+        place.create(JOB_FILE, json.dumps(job, indent=1).encode())
+        # Read back rather than remembered: where the reply to our own create was lost, we are the winner.
+        winner = _read_job(place)
+    finally:
+        if winner is None or winner["plan"]["plan_id"] != plan_id:
+            place.delete(created)
     if winner is None:
-        raise UsageError(f"{place.uri} changes while it is used", "let one job write there at a time")
+        raise StoreError(f"{place.uri}/{JOB_FILE} can neither be created nor read", "run the same command again")
     return winner
 
 
 def _fingerprint(source: str, model: Model, options: Options) -> dict[str, Any]:
-    """What must be the same for two runs to be one job; names are those that a refusal shows."""
+    """What must be the same for two runs to be one job, flat, by the names that a refusal shows."""
+    preprocess = model.card.preprocess.model_dump(mode="json")
     return {
-        "source": canonical(source),
-        "suffix": list(options.suffix) if options.suffix is not None else None,
+        "source": canonical(source, options),
+        "suffix": sorted(suffix.lower() for suffix in options.suffix) if options.suffix is not None else None,
         "limit": options.limit,
         "model": model.digest,
-        "preprocess": model.card.preprocess.model_dump(mode="json"),
+        **{f"preprocess.{name}": value for name, value in preprocess.items()},
         "decode": options.decode,
         "max_pixels": options.max_pixels,
         "infermill": __version__,
     }
 
 
-def _checked(found: dict[str, Any], source: str, model: Model, place: Output, options: Options) -> Job:
-    wanted = _fingerprint(source, model, options)
+def _checked(found: dict[str, Any], fingerprint: dict[str, Any], model: Model, place: Output, options: Options) -> Job:
     differences = [
         f"{name}: {found['fingerprint'].get(name)} -> {value}"
-        for name, value in wanted.items()
+        for name, value in fingerprint.items()
         if found["fingerprint"].get(name) != value
     ]
     if differences:
@@ -252,8 +271,7 @@ def _checked(found: dict[str, Any], source: str, model: Model, place: Output, op
             f"{place.uri} holds another job:\n  " + "\n  ".join(differences),
             "write to another output, or repeat the job with the settings it was started with",
         )
-    plan = PlanInfo(**found["plan"])
-    return Job(Source(**found["source"]), model, place.uri, options, plan)
+    return Job(Source(**found["source"]), model, place.uri, options, PlanInfo(**found["plan"]))
 
 
 def _empty(source: str) -> SourceError:
@@ -297,7 +315,7 @@ def _finish(place: Output, summary: Summary, reports: Sequence[PartitionReport])
     counts = {report.partition: [report.ok, report.failed] for report in reports}
     parts = [[number, *counts[number]] for number in sorted(counts)]
     content = summary.as_json() | {"parts": parts}
-    place.create(SUCCESS_FILE, json.dumps(content, ensure_ascii=False).encode())
+    place.create(SUCCESS_FILE, json.dumps(content).encode())
 
 
 class _Sample:

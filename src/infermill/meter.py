@@ -7,10 +7,12 @@ STAGES = ("list", "fetch", "decode", "predict", "write", "idle")
 
 
 class Meter:
-    """Objects, bytes, failures by code, and thread-seconds by stage; safe to use from any thread."""
+    """Objects, bytes read, failures by code, and thread-seconds by stage; safe to use from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.listed = 0
+        self.todo: int | None = None  # objects of this run; None while the source is listed
         self.objects = 0
         self.size_bytes = 0
         self.failures: Counter[str] = Counter()
@@ -22,10 +24,13 @@ class Meter:
         with self._lock:
             self.stage_seconds[stage] += seconds
 
-    def count(self, size: int, code: str | None = None) -> None:
-        """One object is settled: predicted, or failed with a code."""
+    def fetched(self, size_bytes: int) -> None:
+        with self._lock:
+            self.size_bytes += size_bytes
+
+    def settled(self, code: str | None = None) -> None:
+        """One object is predicted, or failed with a code."""
         with self._lock:
             self.objects += 1
-            self.size_bytes += max(size, 0)
             if code is not None:
                 self.failures[code] += 1

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from obstore.exceptions import AlreadyExistsError
 
-from infermill.errors import StoreError, UsageError
+from infermill.errors import JobMismatchError, StoreError, UsageError
 from infermill.stores import STORE_ERRORS, Location, explain, is_nameable, locate, open_reader, open_store
 from infermill.types import Failure, ObjectRef, PartitionReport, StoreOptions
 
@@ -128,7 +128,8 @@ class Output:
             StoreError: it cannot, or the store ignores create-if-absent, so that two workers could both win.
         """
         name = f"_infermill/probe-{uuid.uuid4().hex}"
-        first = self.create(name, b"1")
+        # Where the reply to the first create was lost, the object store client has sent it twice.
+        first = self.create(name, b"1") or self.read(name) == b"1"
         try:
             second = self.create(name, b"2")
         finally:
@@ -158,22 +159,29 @@ class Output:
             if self.create(name, content):
                 return report
             # "Already exists" may also be a 409, a conflict with a put under way that may yet fail.
-            winner = self._report(name)
+            winner = self._report(name, notes)
             if winner is not None:
                 return winner
             time.sleep(random.uniform(0.1, 1.0))  # noqa: S311
         raise StoreError(f"{self.uri}/{name} can neither be created nor read", "run the same command again")
 
-    def reports(self, names: Iterable[str]) -> list[PartitionReport]:
-        """What the parts say of themselves, from their footers."""
-        with ThreadPoolExecutor(16) as pool:
-            return [report for report in pool.map(self._report, names) if report is not None]
+    def reports(self, names: Iterable[str], notes: Mapping[str, str]) -> list[PartitionReport]:
+        """What the parts say of themselves, from their footers.
 
-    def _report(self, name: str) -> PartitionReport | None:
+        Raises:
+            JobMismatchError: a part was not written with the same notes.
+        """
+        with ThreadPoolExecutor(16) as pool:
+            return [report for report in pool.map(lambda name: self._report(name, notes), names) if report is not None]
+
+    def _report(self, name: str, notes: Mapping[str, str]) -> PartitionReport | None:
         place = self._base.joined(name)
         try:
             with open_reader(place, self._store) as file:
                 metadata = pq.read_metadata(file).metadata or {}
+            for note, value in notes.items():
+                if metadata[f"infermill.{note}".encode()] != value.encode():
+                    raise JobMismatchError(f"{place.uri} belongs to another job", "move it out of the way")
             return PartitionReport(**json.loads(metadata[_REPORT_KEY.encode()]))
         except FileNotFoundError:
             return None
@@ -255,7 +263,10 @@ def _create_locally(path: Path, content: bytes) -> bool:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.link(private, path)
+        try:
+            os.link(private, path)
+        except PermissionError:  # the private file was written, so that it is not this
+            raise OSError(errno.ENOTSUP, "the file system does not support hard links") from None
     finally:
         private.unlink(missing_ok=True)
     return True

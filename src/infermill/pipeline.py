@@ -12,14 +12,14 @@ nothing drains where one partition ends. An input that cannot be predicted becom
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infermill.errors import BadInputError
+from infermill.errors import BadInputError, ModelError
 from infermill.meter import Meter
 from infermill.types import Failure, ObjectRef
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 Image = NDArray[np.uint8]
 Arrays = tuple[NDArray[np.generic], ...]
-Given = TypeVar("Given")
 Made = TypeVar("Made")
 Item = TypeVar("Item")
 MAX_BYTES_IN_FLIGHT = 64 << 20
-_UNKNOWN_SIZE_BYTES = 1 << 20
+# Partitions that are read and not yet taken by the caller: a slow caller, or one slow object, slows the rest down.
+OPEN_PARTITIONS = 16
 _POLL_SECONDS = 0.1
 # A thread inside a read or the network cannot be interrupted; they are daemons, and are left behind.
 _JOIN_SECONDS = 1.0
@@ -56,6 +56,11 @@ class PartitionRows:
         if self.kept is None:
             self.kept = tuple(np.zeros((len(self.refs), *array.shape[1:]), array.dtype) for array in values)
         for kept, array in zip(self.kept, values, strict=True):
+            if array.shape[1:] != kept.shape[1:]:
+                raise ModelError(
+                    f"the network answers {list(array.shape[1:])} for one image and {list(kept.shape[1:])} for another",
+                    "its outputs must have one shape; end it before the part whose length depends on the image",
+                )
             kept[row] = array[index]
 
     def predicted(self) -> NDArray[np.bool_]:
@@ -69,7 +74,7 @@ class PartitionRows:
 class Stages:
     """What the pipeline runs, and on how many threads."""
 
-    fetch: "Callable[[ObjectRef], ReadableBuffer]"
+    fetch: "Callable[[ObjectRef, Callable[[int], None]], ReadableBuffer]"
     decode: "Callable[[ReadableBuffer], Image]"
     predict: Callable[[Image], Arrays]
     finish: Callable[[Arrays], tuple[Arrays, NDArray[np.bool_]]]
@@ -91,7 +96,7 @@ class _Input:
 
 def run_pipeline(
     partitions: Iterable[tuple[int, Sequence[ObjectRef]]], stages: Stages, meter: Meter
-) -> Iterator[PartitionRows]:
+) -> Generator[PartitionRows]:
     """Predict every ref of every partition, and yield each partition when its last row is settled.
 
     Partitions are read lazily, and finish in about the order in which they come.
@@ -112,10 +117,12 @@ class _Pipeline:
     def __init__(self, partitions: Iterable[tuple[int, Sequence[ObjectRef]]], stages: Stages, meter: Meter) -> None:
         self._stages = stages
         self._meter = meter
-        self._inputs = _inputs(partitions)
+        self._inputs = self._read(partitions)
+        # More than can be stuck in a batch that is not full, or partitions of one object would wait for ever.
+        self._room = threading.Semaphore(OPEN_PARTITIONS + stages.batch_size * stages.predict_threads)
         self._inputs_lock = threading.Lock()
         self._budget = _ByteBudget(MAX_BYTES_IN_FLIGHT)
-        self._fetched: queue.Queue[tuple[_Input, ReadableBuffer] | None] = queue.Queue(4 * stages.fetch_threads)
+        self._fetched: queue.Queue[tuple[_Input, ReadableBuffer, _Lease] | None] = queue.Queue(4 * stages.fetch_threads)
         self._decoded: queue.Queue[tuple[_Input, Image] | None] = queue.Queue(
             stages.batch_size * (stages.predict_threads + 1)
         )
@@ -157,6 +164,7 @@ class _Pipeline:
                 return
             if isinstance(item, BaseException):
                 raise item
+            self._room.release()
             yield item
 
     def stop(self) -> None:
@@ -177,25 +185,37 @@ class _Pipeline:
             self._budget.stop()
             self._finished.put(error)
 
+    def _read(self, partitions: Iterable[tuple[int, Sequence[ObjectRef]]]) -> Iterator[_Input]:
+        for partition, refs in partitions:
+            while not self._room.acquire(timeout=_POLL_SECONDS):
+                if self._stopping.is_set():
+                    raise _StoppedError
+            rows = PartitionRows(partition, refs)
+            for row in range(len(refs)):
+                yield _Input(rows, row)
+
     def _fetch_loop(self) -> None:
         while not self._stopping.is_set():
             with self._inputs_lock:
                 item = next(self._inputs, None)
             if item is None:
                 return
-            expected = item.ref.size if item.ref.size >= 0 else _UNKNOWN_SIZE_BYTES
-            self._budget.acquire(expected)
-            data = self._guarded("fetch", item, self._stages.fetch, item.ref)
-            self._budget.correct(-expected if data is None else len(memoryview(data)) - expected)
-            if data is not None:
-                self._put(self._fetched, (item, data))
+            lease = _Lease(self._budget)
+            data = self._guarded("fetch", item, lambda: self._stages.fetch(item.ref, lease.take))  # noqa: B023
+            self._meter.spend("fetch", -lease.waited_seconds)
+            if data is None:
+                lease.give_back()
+            else:
+                self._meter.fetched(lease.size_bytes)
+                self._put(self._fetched, (item, data, lease))
+                del data  # or the next wait holds it beyond its lease
 
     def _decode_loop(self) -> None:
         while (work := self._take(self._fetched)) is not None:
-            item, data = work
-            image = self._guarded("decode", item, self._stages.decode, data)
-            self._budget.correct(-len(memoryview(data)))
+            item, data, lease = work
+            image = self._guarded("decode", item, lambda: self._stages.decode(data))  # noqa: B023
             del data, work
+            lease.give_back()
             if image is not None:
                 self._put(self._decoded, (item, image))
 
@@ -229,11 +249,11 @@ class _Pipeline:
                 images.append(work[1])
         return items, images
 
-    def _guarded(self, stage: str, item: _Input, make: Callable[[Given], Made], given: Given) -> Made | None:
+    def _guarded(self, stage: str, item: _Input, make: Callable[[], Made]) -> Made | None:
         """The one place where an input becomes a failure."""
         started = time.perf_counter()
         try:
-            return make(given)
+            return make()
         except BadInputError as error:
             self._fail(item, error.failure)
             return None
@@ -242,13 +262,13 @@ class _Pipeline:
 
     def _fail(self, item: _Input, failure: Failure) -> None:
         item.rows.failures[item.row] = failure
-        self._meter.count(item.ref.size, failure.code)
+        self._meter.settled(failure.code)
         self._count_settled(item.rows)
 
     def _settle(self, item: _Input, values: Arrays, index: int) -> None:
         with self._rows_lock:
             item.rows.keep(item.row, values, index)
-        self._meter.count(item.ref.size)
+        self._meter.settled()
         self._count_settled(item.rows)
 
     def _count_settled(self, rows: PartitionRows) -> None:
@@ -277,13 +297,6 @@ class _Pipeline:
                 origin.put(None)
             return item
         raise _StoppedError
-
-
-def _inputs(partitions: Iterable[tuple[int, Sequence[ObjectRef]]]) -> Iterator[_Input]:
-    for partition, refs in partitions:
-        rows = PartitionRows(partition, refs)
-        for row in range(len(refs)):
-            yield _Input(rows, row)
 
 
 class _Countdown:
@@ -319,12 +332,30 @@ class _ByteBudget:
                 raise _StoppedError
             self._used += size
 
-    def correct(self, difference: int) -> None:
+    def release(self, size: int) -> None:
         with self._changed:
-            self._used += difference
+            self._used -= size
             self._changed.notify_all()
 
     def stop(self) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+
+class _Lease:
+    """One object's share of the budget, from before its bytes are read until they are decoded."""
+
+    def __init__(self, budget: _ByteBudget) -> None:
+        self._budget = budget
+        self.size_bytes = 0
+        self.waited_seconds = 0.0
+
+    def take(self, size_bytes: int) -> None:
+        started = time.perf_counter()
+        self._budget.acquire(size_bytes)
+        self.size_bytes = size_bytes
+        self.waited_seconds = time.perf_counter() - started
+
+    def give_back(self) -> None:
+        self._budget.release(self.size_bytes)

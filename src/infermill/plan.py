@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infermill.errors import StoreError
 from infermill.types import ObjectRef
 
 PARTITIONS_PER_FILE = 64
@@ -141,7 +142,11 @@ def partition_reader(plan_id: str, read: Callable[[str], bytes]) -> Callable[[in
         return pq.ParquetFile(pa.BufferReader(read(name)))
 
     def refs(partition: int) -> list[ObjectRef]:
-        table = open_file(_file_name(plan_id, partition)).read_row_group(partition % PARTITIONS_PER_FILE)
+        name = _file_name(plan_id, partition)
+        try:
+            table = open_file(name).read_row_group(partition % PARTITIONS_PER_FILE)
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise StoreError(f"the plan file {name} is damaged: {error}", "start anew with another output") from None
         return [
             ObjectRef(*row) for row in zip(*(table[name].to_pylist() for name in ("key", "size", "etag")), strict=True)
         ]

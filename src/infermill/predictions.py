@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from infermill.errors import ModelError
 from infermill.models.model import Model
 from infermill.runtimes import Predictor
 
@@ -74,6 +75,12 @@ class Raw:
 
     def __init__(self, names: Sequence[str], examples: Arrays) -> None:
         self._names = names
+        for name, array in zip(names, examples, strict=True):
+            if not array.size:
+                raise ModelError(
+                    f"the output `{name}` is {list(array.shape)} for a blank image: its length depends on the image",
+                    "outputs must have one shape; end the network before that part",
+                )
         lists = [pa.list_(pa.from_numpy_dtype(array.dtype), int(np.prod(array.shape[1:]))) for array in examples]
         shapes = [{"shape": ",".join(map(str, array.shape[1:]))} for array in examples]
         fields = [pa.field(name, kind, metadata=m) for name, kind, m in zip(names, lists, shapes, strict=True)]

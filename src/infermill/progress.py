@@ -13,41 +13,39 @@ LOG_SECONDS = 5.0
 
 
 @contextmanager
-def show_progress(meter: Meter, objects: int) -> Iterator[None]:
-    """Show a job of so many objects on standard error while the context is open."""
-    if not objects:
-        yield
-        return
+def show_progress(meter: Meter) -> Iterator[None]:
+    """Show what a meter counts on standard error while the context is open."""
     rates = _Rates(meter)
-    if sys.stderr.isatty():
-        with _bar(meter, objects, rates):
-            yield
-    else:
-        started = time.monotonic()
-
-        def log() -> None:
-            elapsed = time.monotonic() - started
-            rates.update()
-            print(f"{elapsed:6.0f} s  {_line(meter, objects, rates)}", file=sys.stderr, flush=True)
-
-        with _every(LOG_SECONDS, log):
-            yield
+    with _bar(meter, rates) if sys.stderr.isatty() else _log(meter, rates):
+        yield
 
 
 @contextmanager
-def _bar(meter: Meter, objects: int, rates: "_Rates") -> Iterator[None]:
+def _log(meter: Meter, rates: "_Rates") -> Iterator[None]:
+    started = time.monotonic()
+
+    def log() -> None:
+        rates.update()
+        print(f"{time.monotonic() - started:6.0f} s  {_line(meter, rates)}", file=sys.stderr, flush=True)
+
+    with _every(LOG_SECONDS, log):
+        yield
+
+
+@contextmanager
+def _bar(meter: Meter, rates: "_Rates") -> Iterator[None]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[line]}"))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("", total=objects, line="loading the network")
+        task = progress.add_task("", total=None, line="")
 
         def refresh() -> None:
             rates.update()
-            line = _line(meter, objects, rates) if meter.model_loads else "loading the network"
-            progress.update(task, completed=meter.objects, line=line, refresh=True)
+            line = _line(meter, rates)
+            progress.update(task, total=meter.todo, completed=meter.objects, line=line, refresh=True)
 
         with _every(REFRESH_SECONDS, refresh):
             yield
@@ -70,14 +68,17 @@ def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def _line(meter: Meter, objects: int, rates: "_Rates") -> str:
-    left = objects - meter.objects
-    eta = duration(left / rates.objects_per_second) if rates.objects_per_second else "?"
+def _line(meter: Meter, rates: "_Rates") -> str:
+    if meter.todo is None:
+        return f"listing: {meter.listed:,} objects"
+    if not meter.model_loads:
+        return "loading the network"
+    pace = rates.objects_per_second
     parts = [
-        f"{meter.objects:,}/{objects:,}",
+        f"{meter.objects:,}/{meter.todo:,}",
         f"{meter.size_bytes / 1e6:,.0f} MB",
-        f"{rates.objects_per_second:,.1f}/s",
-        f"ETA {eta}",
+        f"{pace:,.1f}/s",
+        f"ETA {duration((meter.todo - meter.objects) / pace) if pace else '?'}",
         f"{meter.failures.total():,} failed",
         f"{rates.bottleneck}-bound" if rates.bottleneck else "",
     ]

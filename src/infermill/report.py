@@ -43,7 +43,7 @@ def summary_text(summary: Summary) -> str:
     if summary.model_loads:
         stages = (f"{stage} {seconds:,.1f}" for stage, seconds in summary.stage_seconds.items())
         lines += ["", Text(f"thread-seconds: {' · '.join(stages)}", style="dim")]
-    lines += ["", Text(summary.output)]
+    lines += ["", Text(_visible(summary.output))]
     return _rendered(lines)
 
 
@@ -67,7 +67,7 @@ def estimate_text(estimate: "Estimate") -> str:
     codes = ", ".join(f"{count} {code}" for code, count in estimate.probe_failures.items())
     for name, value in (
         ("objects", f"{estimate.objects:,}"),
-        ("input", f"{estimate.size_bytes / 1e6:,.1f} MB"),
+        ("input", f"{estimate.size_bytes / 1e6:,.1f} MB" if estimate.size_bytes else "unknown"),
         ("partitions", f"{estimate.partitions:,}"),
         ("pace", rate),
         ("ETA", duration(estimate.seconds)),

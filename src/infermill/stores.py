@@ -118,7 +118,7 @@ def open_store(location: Location, options: StoreOptions) -> "ObjectStore":
 
     Raises:
         StoreError: no credentials were found.
-        UsageError: `options.profile` is set and boto3 is not installed.
+        UsageError: `options.profile` is set and boto3 is not installed, or the URI or a setting cannot be right.
     """
     if location.is_local:
         return LocalStore("/")
@@ -126,20 +126,35 @@ def open_store(location: Location, options: StoreOptions) -> "ObjectStore":
     client: ClientConfig = {"connect_timeout": _seconds(5), "timeout": _seconds(60), "pool_idle_timeout": _seconds(30)}
     retry: RetryConfig = {"max_retries": 6, "retry_timeout": _seconds(60)}
     if location.scheme == "gs":
-        return GCSStore(bucket, client_options=client, retry_config=retry)
+        unsigned: dict[str, Any] = {"skip_signature": True} if options.anonymous else {}
+        return GCSStore(bucket, client_options=client, retry_config=retry, **unsigned)
     if location.scheme == "az":
-        container, _, host = bucket.partition("@")  # abfss://CONTAINER@ACCOUNT.dfs.core.windows.net
-        account: dict[str, Any] = {"account_name": host.partition(".")[0]} if host else {}
-        return AzureStore(container, client_options=client, retry_config=retry, **account)
+        return _open_azure(bucket, options, client, retry)
     return _open_s3(bucket, options, client, retry)
+
+
+def _open_azure(bucket: str, options: StoreOptions, client: "ClientConfig", retry: "RetryConfig") -> AzureStore:
+    container, _, host = bucket.partition("@")  # abfss://CONTAINER@ACCOUNT.dfs.core.windows.net
+    settings: dict[str, Any] = {"account_name": host.partition(".")[0]} if host else {}
+    if options.anonymous:
+        settings["skip_signature"] = True
+    try:
+        return AzureStore(container, client_options=client, retry_config=retry, **settings)
+    except BaseError as error:
+        if "Account must be specified" not in str(error):
+            raise
+        raise UsageError(
+            f"az://{container} is in no storage account",
+            f"set AZURE_STORAGE_ACCOUNT_NAME, or write abfss://{container}@ACCOUNT.dfs.core.windows.net/PREFIX",
+        ) from None
 
 
 def _open_s3(bucket: str, options: StoreOptions, client: "ClientConfig", retry: "RetryConfig") -> S3Store:
     settings: dict[str, Any] = {}
-    endpoint = _endpoint(options)
+    endpoint = endpoint_of(options)
     if endpoint:
         settings["endpoint"] = endpoint
-        client["allow_http"] = endpoint.startswith("http://")
+        client["allow_http"] = endpoint.lower().startswith("http://")
     if options.region:
         settings["region"] = options.region
     if options.anonymous:
@@ -150,8 +165,20 @@ def _open_s3(bucket: str, options: StoreOptions, client: "ClientConfig", retry: 
     return S3Store(bucket, client_options=client, retry_config=retry, credential_provider=provider, **settings)
 
 
-def _endpoint(options: StoreOptions) -> str | None:
-    return options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+def endpoint_of(options: StoreOptions) -> str | None:
+    """The URL at which S3 is spoken to, from `options` or the environment; None for Amazon's own.
+
+    Raises:
+        UsageError: it has no scheme, or another than http and https.
+    """
+    endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and not endpoint.lower().startswith(("http://", "https://")):
+        host = _without_secrets("://" + endpoint.rpartition("://")[2]).removeprefix("://")
+        raise UsageError(
+            f"the endpoint {host!r} does not say whether it speaks http or https",
+            f"write http://{host} or https://{host}, in --endpoint-url or AWS_ENDPOINT_URL",
+        )
+    return endpoint or None
 
 
 def _boto3_credentials(options: StoreOptions) -> Any:
@@ -215,6 +242,11 @@ def open_reader(location: Location, store: "ObjectStore") -> io.BufferedReader:
     return io.BufferedReader(_ObjectReader(store, location.path), 1 << 20)
 
 
+def etag_of(status: os.stat_result) -> str:
+    """The etag of a local file, as object_store writes it: inode, modification time in ns and size, in hex."""
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
 def is_nameable(path: str) -> bool:
     """Whether object_store names this path: it refuses control characters, `//`, `.`, `..`, and cuts outer slashes."""
     return _UNNAMEABLE.search(path) is None
@@ -242,14 +274,13 @@ def open_s3_client(location: Location, options: StoreOptions) -> tuple[str, Any]
         from botocore.exceptions import BotoCoreError
     except ImportError:
         raise SourceError(f"{problem}, which needs boto3", "pip install 'infermill[aws]'") from None
-    endpoint = _endpoint(options)
+    endpoint = endpoint_of(options)
     config = Config(
         retries={"mode": "standard", "total_max_attempts": 7},
         connect_timeout=5,
         read_timeout=60,
         max_pool_connections=32,
         signature_version=UNSIGNED if options.anonymous else None,
-        s3={"addressing_style": "path"} if endpoint else None,
     )
     try:
         session = boto3.Session(profile_name=options.profile)
@@ -306,7 +337,7 @@ def _detail(error: Exception) -> str:
     code, message = _CODE.search(text), _MESSAGE.search(text)
     if code and message:
         text = f"{code[1]}: {message[1]}"
-    line = _without_secrets(" ".join(text.partition("<?xml")[0].split())).rstrip(" :")
+    line = _without_secrets(" ".join(text.split())).rstrip(" :")
     return line if len(line) <= 300 else line[:300] + "…"
 
 

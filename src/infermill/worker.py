@@ -4,9 +4,11 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 from infermill.decode.image import image_decoder
+from infermill.errors import UsageError
 from infermill.fetch import fetcher
 from infermill.meter import Meter
 from infermill.models.model import Model
@@ -32,6 +34,11 @@ class Job:
     options: Options
     plan: PlanInfo
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What tells this job's parts from those of others; written into each."""
+        return {"plan": self.plan.plan_id, "digest": self.model.digest}
+
 
 def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
     """Predict the partitions `ids` in one pipeline, and create their parts.
@@ -46,27 +53,36 @@ def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[Parti
     output = Output(job.output, job.options)
     refs = partition_reader(job.plan.plan_id, lambda name: output.read_existing(f"{PLAN_FOLDER}/{name}"))
     predictor, tasks = load_predictor(job.model, job.options, meter)
-    notes = {"digest": job.model.digest}
 
     def write(rows: PartitionRows) -> PartitionReport:
         started = time.perf_counter()
         report = _report(rows, predictor)
         table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures)
-        report = output.create_part(rows.partition, table, report, notes)
+        report = output.create_part(rows.partition, table, report, job.notes)
         meter.spend("write", time.perf_counter() - started)
         return report
 
     stages = stages_of(job.source, job.model, predictor, tasks, job.options)
     finished = run_pipeline(((number, refs(number)) for number in ids), stages, meter)
-    with ThreadPoolExecutor(WRITE_THREADS, "write") as pool:
+    # Left in this order: after an error, the pipeline stops before the last writes are waited for.
+    with ThreadPoolExecutor(WRITE_THREADS, "write") as pool, closing(finished):
         yield from _bounded(pool.submit(write, rows) for rows in finished)
 
 
 def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
     """Load the network, once per worker."""
+    check_options(options)
     predictor = load(model, options.runtime, options.threads or usable_cores())
     meter.model_loads += 1
     return predictor, rows_for(model, predictor)
+
+
+def check_options(options: Options) -> None:
+    """Raise UsageError where a number cannot be right."""
+    for name in ("limit", "threads", "decode_threads", "max_pixels", "partition_objects", "partition_bytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
 
 
 def stages_of(source: Source, model: Model, predictor: Predictor, tasks: TaskRows, options: Options) -> Stages:

@@ -21,6 +21,11 @@ HeightWidth = tuple[Pixels, Pixels]
 PerChannel = tuple[float, float, float]
 
 
+MAX_CARD_BYTES = 1 << 20
+# PyYAML's own, and what it lets through where a scalar or a nesting is not what its tag or Python can take.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -164,12 +169,21 @@ def _fields(card: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def read_card(path: Path) -> ModelCard:
-    """Read a card from a local YAML file of at most 1 MiB."""
-    if path.stat().st_size > 1 << 20:
+    """Read a card from a local YAML file of at most 1 MiB.
+
+    Raises:
+        ModelError: the file cannot be read, is not YAML, or is no card.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CARD_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
+    if len(content) > MAX_CARD_BYTES:
         raise ModelError(f"{path} is larger than 1 MiB", "a model card is a short YAML file; pass the network as .onnx")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.safe_load(content.decode())
+    except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{path} is not YAML: {reason}", "see docs/model-card.md for an example") from None
     return parse_card(data, str(path))
@@ -192,10 +206,17 @@ def card_schema() -> dict[str, Any]:
 
 def digest_of(card: ModelCard, labels: tuple[str, ...] | None, files: dict[str, Path]) -> str:
     """`sha256:…` over everything that predictions depend on: the card less its name and paths, the labels and
-    the bytes of `files` (name in the model -> local file)."""
+    the bytes of `files` (name in the model -> local file).
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
     content = card.model_dump(mode="json", exclude={"name", "files", "labels", "classes"})
     digest = hashlib.sha256(json.dumps([content, labels], sort_keys=True).encode())
     for name, path in sorted(files.items()):
-        with path.open("rb") as file:
-            digest.update(f"\0{name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                digest.update(f"\0{name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
     return f"sha256:{digest.hexdigest()}"

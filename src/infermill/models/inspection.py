@@ -7,8 +7,8 @@ from typing import Any
 
 from infermill.errors import ModelError, UsageError
 from infermill.models.card import ModelCard, write_card
-from infermill.models.model import beside, network_of, open_card
-from infermill.models.onnx import NetworkInfo, check_network, inspect_network
+from infermill.models.model import beside, open_card
+from infermill.models.onnx import NetworkInfo, check_network
 from infermill.stores import Location
 from infermill.types import CardOptions, StoreOptions
 
@@ -35,18 +35,16 @@ def inspect_model(model: str, store: StoreOptions, card: CardOptions, write: Pat
         ModelError: the network cannot be read, or does not fit the card.
         UsageError: the file to write is there already.
     """
-    opened, base, assumptions = open_card(model, store, card)
-    path = network_of(opened, base, store)
-    network = inspect_network(path)
-    text = write_card(_beside_card(opened, base, write))
+    opened = open_card(model, store, card)
+    text = write_card(_beside_card(opened.card, opened.base, write))
     problem = None
     try:
-        check_network(opened, None, network)
+        check_network(opened.card, None, opened.info)
     except ModelError as error:
         problem = f"{error.message}; {error.hint}"
     if write is not None:
         _write_new(write, text)
-    return Inspection(network, text, assumptions, problem, write)
+    return Inspection(opened.info, text, opened.assumptions, problem, write)
 
 
 def _beside_card(card: ModelCard, base: Location, write: Path | None) -> ModelCard:

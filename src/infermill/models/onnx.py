@@ -57,10 +57,6 @@ class NetworkInfo:
     nodes: int
     file_bytes: int
 
-    @property
-    def last_op(self) -> str:
-        return self.outputs[0].op
-
 
 @dataclass(frozen=True, slots=True)
 class ExternalTensor:
@@ -116,13 +112,13 @@ def _strings(model: onnx.ModelProto) -> Iterator[str]:
         yield from (tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value)))
 
 
-def external_files(path: Path) -> dict[str, Path]:
-    """The files beside an ONNX file that hold weights of it: location in the model -> local file.
+def external_files(model: onnx.ModelProto, path: Path) -> dict[str, Path]:
+    """The files beside the model at `path` that hold weights of it: location in the model -> local file.
 
     Raises:
-        ModelError: as `read_network`, or as `external_tensors`.
+        ModelError: as `external_tensors`.
     """
-    return {external.location: external.file for external in external_tensors(read_network(path), path)}
+    return {external.location: external.file for external in external_tensors(model, path)}
 
 
 def external_names(path: Path) -> tuple[str, ...]:

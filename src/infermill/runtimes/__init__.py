@@ -81,11 +81,11 @@ def in_pieces(infer: Infer, batch_size: int, *, fixed: bool) -> Callable[[NDArra
     return run
 
 
-def warm_up(infer: Infer, graph: Executable, batch_size: int, model: Model, runtime: RuntimeName) -> None:
+def warm_up(infer: Infer, graph: Executable, batch_size: int, model: Model) -> None:
     """Run one batch of black images, and see that each has its row.
 
     Raises:
-        ModelError: it has not, or the runtime fails.
+        ModelError: it has not.
     """
     network = model.card.files.onnx
     outputs = infer(np.zeros((batch_size, *graph.input_shape), np.uint8))

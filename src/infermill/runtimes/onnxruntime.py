@@ -52,11 +52,14 @@ def load(model: Model, threads: int) -> Predictor:
             input_name = session.get_inputs()[0].name
 
             def infer(batch: NDArray[np.uint8]) -> Arrays:
-                return tuple(session.run(list(graph.output_names), {input_name: batch}))
+                try:
+                    return tuple(session.run(list(graph.output_names), {input_name: batch}))
+                except _ERRORS as error:
+                    raise refused(model, "onnxruntime", _reason(error)) from None
 
-            warm_up(infer, graph, batch_size, model, "onnxruntime")
+            warm_up(infer, graph, batch_size, model)
         except _ERRORS as error:
-            raise refused(model, "onnxruntime", str(error).split(" : ", 3)[-1]) from None
+            raise refused(model, "onnxruntime", _reason(error)) from None
     return Predictor(
         run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
         input_shape=graph.input_shape,
@@ -84,3 +87,7 @@ def _session(network: bytes | Path, streams: int, threads: int) -> Any:
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and falls back to the processor
         ort.preload_dlls()
         return ort.InferenceSession(source, options, providers=providers)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split(" : ", 3)[-1]

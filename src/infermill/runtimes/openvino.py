@@ -34,10 +34,10 @@ def load(model: Model, threads: int) -> Predictor:
         batch_size = graph.fixed_batch or BATCH_SIZE
         try:
             requests = _compile(graph.network, streams, threads)
-            infer = _Pool(requests, len(graph.output_names))
-            warm_up(infer, graph, batch_size, model, "openvino")
         except RuntimeError as error:
             raise refused(model, "openvino", _reason(error)) from None
+        infer = _Pool(requests, len(graph.output_names), model)
+        warm_up(infer, graph, batch_size, model)
     return Predictor(
         run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
         input_shape=graph.input_shape,
@@ -70,15 +70,18 @@ def _compile(network: bytes | Path, streams: int, threads: int) -> "SimpleQueue[
 class _Pool:
     """Infer requests, each used by one thread at a time."""
 
-    def __init__(self, requests: "SimpleQueue[Any]", outputs: int) -> None:
+    def __init__(self, requests: "SimpleQueue[Any]", outputs: int, model: Model) -> None:
         self._requests = requests
         self._outputs = outputs
+        self._model = model
 
     def __call__(self, batch: NDArray[np.uint8]) -> Arrays:
         request = self._requests.get()
         try:
             results = request.infer({0: batch}, share_inputs=True, share_outputs=False)
             return tuple(results[index] for index in range(self._outputs))
+        except RuntimeError as error:
+            raise refused(self._model, "openvino", _reason(error)) from None
         finally:
             self._requests.put(request)
 

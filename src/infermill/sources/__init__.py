@@ -1,15 +1,19 @@
 """A source -> batches of object refs, in the order in which they will be predicted."""
 
 import re
+import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
 from infermill.errors import SourceError, StoreError, UsageError
 from infermill.sources import manifest, objects
-from infermill.stores import Location, explain, locate
+from infermill.stores import Location, endpoint_of, explain, locate
 from infermill.types import Source, StoreOptions
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -24,7 +28,7 @@ def list_source(
 
     Args:
         uri: a folder, file, glob, `file://`, `s3://`, `gs://` or `az://` prefix, glob or object, a manifest
-            (`.txt`, one URI a line, or `.parquet`), or `-` for a text manifest on standard input.
+            (`.txt`, one URI a line, or `.parquet`). See `rereadable` for standard input.
         suffix: take only keys that end so, whatever their case; None is every image format, ("",) is everything.
             Single objects, manifests and globs that name an extension are taken as they are when it is None.
 
@@ -38,12 +42,9 @@ def list_source(
         >>> sum(batch.num_rows for batch in batches)
         0
     """
-    if uri == "-":
-        return manifest.from_stdin()
     location = locate(uri)
-    wildcard = _GLOB.search(location.path)
-    if wildcard and not _exists(location, options):
-        base, pattern = _split_glob(location, wildcard.start())
+    if _is_glob(location, options):
+        base, pattern = _split_glob(location)
         if suffix is None and "." in pattern.rpartition("/")[2]:
             suffix = ("",)
         return objects.list_prefix(base, options, _suffixes(suffix), pattern)
@@ -57,9 +58,36 @@ def list_source(
     return objects.single_object(location, options) or objects.list_prefix(below, options, _suffixes(suffix), "")
 
 
-def canonical(uri: str) -> str:
-    """The source as a fingerprint knows it: absolute, however it was written."""
-    return uri if uri == "-" else locate(uri).uri.rstrip("/")
+def canonical(uri: str, options: StoreOptions) -> str:
+    """The source as a fingerprint knows it: absolute, however it was written; a manifest is its content.
+
+    Raises:
+        SourceError, StoreError: a manifest cannot be read.
+    """
+    location = locate(uri)
+    is_manifest = location.path.lower().endswith(MANIFEST_SUFFIXES) and not _is_glob(location, options)
+    if is_manifest and not _is_folder(location):
+        return f"manifest sha256:{manifest.digest(location, options)} in {Path.cwd()}"
+    if location.is_local:
+        return location.uri.rstrip("/") or "/"
+    endpoint = endpoint_of(options) if location.scheme == "s3" else None
+    return f"{location.uri} at {endpoint}" if endpoint else location.uri
+
+
+@contextmanager
+def rereadable(uri: str) -> Iterator[str]:
+    """The source; for `-`, a copy of standard input that can be read more than once, while the context lasts."""
+    if uri != "-":
+        yield uri
+        return
+    with tempfile.NamedTemporaryFile(prefix="infermill-", suffix=".txt") as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.flush()
+        yield copy.name
+
+
+def _is_glob(location: Location, options: StoreOptions) -> bool:
+    return _GLOB.search(location.path) is not None and not _exists(location, options)
 
 
 def _exists(location: Location, options: StoreOptions) -> bool:
@@ -81,8 +109,9 @@ def _is_folder(location: Location) -> bool:
         raise explain(error, location.uri) from None
 
 
-def _split_glob(location: Location, first_wildcard: int) -> tuple[Location, str]:
-    cut = location.path.rfind("/", 0, first_wildcard) + 1
+def _split_glob(location: Location) -> tuple[Location, str]:
+    before_wildcard = _GLOB.split(location.path, 1)[0]
+    cut = before_wildcard.rfind("/") + 1
     base = Location(location.scheme, location.container, location.path[:cut])
     if base.is_local and not _exists(base, StoreOptions()):
         raise SourceError(f"{base.uri} does not exist", "check the part of the glob before the first wildcard")

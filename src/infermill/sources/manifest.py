@@ -1,7 +1,7 @@
 """Manifests: object refs from a list that somebody else made."""
 
 import codecs
-import sys
+import hashlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -20,14 +20,21 @@ from infermill.types import Source, StoreOptions
 KEY_COLUMNS = ("uri", "url", "key", "path")
 
 
-def from_stdin() -> tuple[Source, Iterator[pa.RecordBatch]]:
-    """One URI or path a line on standard input; relative paths hang below the current folder."""
-    return Source(str(Path.cwd()), keys_are_uris=True), _checked(_lines(sys.stdin.buffer), "standard input")
-
-
 def from_file(location: Location, options: StoreOptions) -> tuple[Source, Iterator[pa.RecordBatch]]:
-    """A text manifest, or a Parquet one with a column `uri` (or url, key, path) and maybe `size` and `etag`."""
+    """A text manifest, or a Parquet one with a column `uri` (or url, key, path) and maybe `size` and `etag`.
+
+    Relative paths in it hang below the current folder.
+    """
     return Source(str(Path.cwd()), keys_are_uris=True), _checked(_batches(location, options), location.uri)
+
+
+def digest(location: Location, options: StoreOptions) -> str:
+    """The sha256 of a manifest's content, in hex."""
+    try:
+        with open_reader(location, open_store(location, options)) as reader:
+            return hashlib.file_digest(reader, "sha256").hexdigest()
+    except STORE_ERRORS as error:
+        raise explain(error, location.uri) from None
 
 
 def _batches(location: Location, options: StoreOptions) -> Generator[pa.RecordBatch]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from obstore.exceptions import InvalidPathError
 
 from infermill.errors import SourceError
-from infermill.stores import STORE_ERRORS, Location, explain, is_nameable, open_s3_client, open_store
+from infermill.stores import STORE_ERRORS, Location, etag_of, explain, is_nameable, open_s3_client, open_store
 from infermill.types import Source, StoreOptions
 
 if TYPE_CHECKING:
@@ -70,11 +70,6 @@ def single_object(location: Location, options: StoreOptions) -> tuple[Source, It
         if batch["key"].to_pylist() != [location.path]:
             return None
     return Source(location.container), iter([batch])
-
-
-def etag_of(status: os.stat_result) -> str:
-    """The etag of a local file, as object_store writes it: inode, modification time in ns and size, in hex."""
-    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def _list_folder(root: Path, depth: int | None) -> Iterator[pa.RecordBatch]:
