@@ -92,8 +92,11 @@ def test_over_the_budget_is_exit_code_3(work: Path) -> None:
     flags = ["run", "photos", "-m", "model.yaml", "-o", "out", "--max-failures"]
     done = infermill(*flags, "1%", cwd=work)
     assert done.returncode == 3
-    assert "error: 1 of 13 objects failed, more than --max-failures 1%" in done.stderr
+    assert "error: 1 of 13 objects fail, more than --max-failures 1%" in done.stderr
     assert infermill(*flags, "10%", cwd=work).returncode == 0
+    done = infermill("plan", "photos", "-m", "model.yaml", "--max-failures", "0", cwd=work)
+    assert done.returncode == 3
+    assert "error: about 1 of 13 objects fail" in done.stderr
 
 
 def test_plan_writes_nothing(work: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_plan_of_several_files() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"not Parquet", b"PAR1" * 10])
 def test_a_damaged_plan_is_told(damage: bytes) -> None:
-    with pytest.raises(StoreError, match="plan file abc-00001.parquet is damaged"):
+    with pytest.raises(StoreError, match=r"plan file abc-00001\.parquet is damaged"):
         partition_reader("abc", lambda name: damage)(PARTITIONS_PER_FILE)
 
 

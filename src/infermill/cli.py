@@ -36,6 +36,7 @@ Source = Annotated[str, Parameter(help=SOURCE_HELP, allow_leading_hyphen=True)] 
 NO_OPTIONS = Options()
 NO_STORE_OPTIONS = StoreOptions()
 NO_CARD_OPTIONS = CardOptions()
+OVER_BUDGET = 3
 INTERRUPTED = 130
 
 
@@ -57,13 +58,7 @@ def run(
     _log_to_stderr()
     summary = job.run(source, model, output, options, card, show_progress)
     print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
-    if summary.failed > job.parse_budget(options.max_failures)(summary.planned):
-        message = (
-            f"{summary.failed:,} of {summary.planned:,} objects failed, more than --max-failures {options.max_failures}"
-        )
-        report.print_problem(message, "the rows are there, with an error each; see the column `error`")
-        return 3
-    return 0
+    return _within_budget(f"{summary.failed:,}", summary.failed, summary.planned, options)
 
 
 @app.command
@@ -83,7 +78,19 @@ def plan(
     estimate = job.estimate(source, model, options, card)
     as_json = jsonlib.dumps(dataclasses.asdict(estimate))
     print(as_json if json else report.estimate_text(estimate))
-    return 0
+    return _within_budget(
+        f"about {estimate.expected_failures:,}", estimate.expected_failures, estimate.objects, options
+    )
+
+
+def _within_budget(count: str, failed: int, planned: int, options: Options) -> int:
+    from infermill import job, report
+
+    if failed <= job.parse_budget(options.max_failures)(planned):
+        return 0
+    message = f"{count} of {planned:,} objects fail, more than --max-failures {options.max_failures}"
+    report.print_problem(message, "each has a row with its reason in the column `error`")
+    return OVER_BUDGET
 
 
 @app.command

@@ -75,7 +75,7 @@ class Options(StoreOptions):
     max_pixels: int = 178_956_970
     "Images with more pixels than this are failures, told before they are decoded."
     max_failures: str | None = None
-    "Budget of failures, as a number or in percent (1%); a job that exceeds it ends with exit code 3."
+    "Budget of failures, as a number or in percent (1%); the command line ends with exit code 3 beyond it."
     partition_objects: int = 512
     "Objects a partition, at most."
     partition_bytes: int = 64 << 20
