@@ -1,7 +1,7 @@
 # `make` needs python3 (3.11 or later) with venv, and brings everything else itself.
 PYTHON ?= python3
 UV := .make/uv/bin/uv
-export UV_PYTHON := $(shell command -v $(PYTHON))
+export UV_PYTHON := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
 export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: demo test check bench format

@@ -235,9 +235,9 @@ class ScriptedStore:
     def options(self) -> StoreOptions:
         return StoreOptions(endpoint_url=f"http://127.0.0.1:{self._server.server_port}", region=REGION)
 
-    def answer(self, path: str, answer: Answer, times: int = 1000) -> None:
-        """Answer so to the next requests for `bucket/key`, and do nothing about them."""
-        self._answers[f"/{path}"] = deque(repeat(answer, times))
+    def answer(self, path: str, answer: Answer, times: int = 1000, method: str = "") -> None:
+        """Answer so to the next requests for `bucket/key`, of one method or of all, and do nothing about them."""
+        self._answers[f"{method}/{path}"] = deque(repeat(answer, times))
 
     def close(self) -> None:
         self._server.shutdown()
@@ -247,9 +247,10 @@ class ScriptedStore:
     def _serve(self, method: str, url: str, headers: Message, content: bytes) -> tuple[Answer, bytes]:
         path, query = unquote(url.partition("?")[0]), parse_qs(url.partition("?")[2])
         with self._lock:
-            if self._answers.get(path):
-                answer = self._answers[path].popleft()
-                return answer, answer.body
+            for scripted in (self._answers.get(path), self._answers.get(method + path)):
+                if scripted:
+                    answer = scripted.popleft()
+                    return answer, answer.body
             if method == "PUT":
                 return self._put(path, headers.get("If-None-Match"), content)
             if method == "POST":

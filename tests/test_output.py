@@ -65,6 +65,7 @@ def test_names_and_parts_are_those_of_files_directly_below(output: Output) -> No
         output.create(name, b"x")
     output.create("_infermill/plan/x-00000.parquet", b"x")
     output.create("sub/part-00001.parquet", b"x")
+    output.create("part-00002.parquet/_temporary", b"x")
     assert output.parts() == {7: "part-00007.parquet", 123456: "part-123456.parquet"}
     assert output.names("_infermill/plan") == ["x-00000.parquet"]
     output.delete(["part-00007.parquet", "never-there", "_infermill/plan/x-00000.parquet"])
@@ -217,10 +218,11 @@ def test_a_conflict_with_a_put_that_fails_is_tried_again(scripted_store: Scripte
     assert list(scripted_store.objects) == ["/jobs/out/part-00000.parquet"]
 
 
-def test_a_part_whose_store_breaks_down_is_told(scripted_store: ScriptedStore) -> None:
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_part_whose_store_breaks_down_is_told(method: str, scripted_store: ScriptedStore) -> None:
     output = Output("s3://jobs/out", scripted_store.options)
     output.create_part(0, rows(), REPORT, NOTES)
-    scripted_store.answer("jobs/out/part-00000.parquet", Answer(403, "InvalidAccessKeyId"))
+    scripted_store.answer("jobs/out/part-00000.parquet", Answer(403, "InvalidAccessKeyId"), method=method)
     with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
         output.create_part(0, rows(), REPORT, NOTES)
     with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
