@@ -81,7 +81,8 @@ def executable(model: Model, max_bytes: int = MAX_PROTOBUF_BYTES) -> Iterator[Ex
     _keep_outputs(network.graph, outputs)
     fixed_batch = batch if isinstance(batch, int) else None
     externals = external_tensors(network, model.network)
-    if network.ByteSize() + sum(external.length for external in externals) + _RESERVE_BYTES <= max_bytes:
+    # The size on disk: protobuf has to serialise a message to know its size.
+    if model.network.stat().st_size + sum(external.length for external in externals) + _RESERVE_BYTES <= max_bytes:
         _load(externals)
         yield Executable(network.SerializeToString(), fixed_batch, (height, width, 3), outputs)
         return

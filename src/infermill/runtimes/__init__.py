@@ -81,13 +81,14 @@ def in_pieces(infer: Infer, batch_size: int, *, fixed: bool) -> Callable[[NDArra
     return run
 
 
-def warm_up(infer: Infer, graph: Executable, batch_size: int, model: Model) -> None:
-    """Run one batch of black images, and see that each has its row.
+def warm_up(infer: Infer, graph: Executable, model: Model) -> None:
+    """Run a batch of black images, of two where any length will do, and see that each has its row.
 
     Raises:
         ModelError: it has not.
     """
     network = model.card.files.onnx
+    batch_size = graph.fixed_batch or 2
     outputs = infer(np.zeros((batch_size, *graph.input_shape), np.uint8))
     for name, array in zip(graph.output_names, outputs, strict=True):
         if array.shape[:1] != (batch_size,):

@@ -57,7 +57,7 @@ def load(model: Model, threads: int) -> Predictor:
                 except _ERRORS as error:
                     raise refused(model, "onnxruntime", _reason(error)) from None
 
-            warm_up(infer, graph, batch_size, model)
+            warm_up(infer, graph, model)
         except _ERRORS as error:
             raise refused(model, "onnxruntime", _reason(error)) from None
     return Predictor(

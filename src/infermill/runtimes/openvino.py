@@ -37,7 +37,7 @@ def load(model: Model, threads: int) -> Predictor:
         except RuntimeError as error:
             raise refused(model, "openvino", _reason(error)) from None
         infer = _Pool(requests, len(graph.output_names), model)
-        warm_up(infer, graph, batch_size, model)
+        warm_up(infer, graph, model)
     return Predictor(
         run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
         input_shape=graph.input_shape,
