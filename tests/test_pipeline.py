@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from infermill import pipeline
 from infermill.errors import BadInputError, ModelError, StoreError
 from infermill.meter import Meter
-from infermill.pipeline import Arrays, PartitionRows, Stages, run_pipeline
+from infermill.pipeline import Arrays, Network, PartitionRows, Stages, run_pipeline
 from infermill.types import ObjectRef
 
 
@@ -39,16 +40,22 @@ def _finish(outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
     return outputs, outputs[0] != 13.0
 
 
+NETWORK = Network(_predict, _finish, threads=2, batch_size=4)
 STAGES = Stages(
     fetch=_fetch,
     decode=_decode,  # type: ignore[arg-type]
-    predict=_predict,
-    finish=_finish,
+    load=lambda: NETWORK,
     fetch_threads=3,
     decode_threads=2,
-    predict_threads=2,
-    batch_size=4,
+    decoded_images=12,
 )
+
+
+def _with(**changes: Any) -> Stages:
+    network = replace(NETWORK, **changes)
+    return replace(STAGES, load=lambda: network)
+
+
 kinds = st.lists(st.lists(st.sampled_from(["good", "missing", "corrupt"]), min_size=1, max_size=20), max_size=8)
 
 
@@ -92,16 +99,16 @@ def test_batches_are_full_across_partitions_and_only_the_last_is_short() -> None
         return _predict(batch)
 
     partitions = [[ObjectRef(f"good-{10 * p + i}", 1) for i in range(3)] for p in range(7)]
-    list(run_pipeline(enumerate(partitions), replace(STAGES, predict=predict), Meter()))
+    list(run_pipeline(enumerate(partitions), _with(predict=predict), Meter()))
     assert sorted(lengths, reverse=True) == [4, 4, 4, 4, 4, 1]
 
 
-@pytest.mark.parametrize("stage", ["fetch", "decode", "predict", "finish"])
+@pytest.mark.parametrize("stage", ["fetch", "decode", "load", "predict", "finish"])
 def test_any_other_error_stops_the_pipeline_and_reaches_the_caller(stage: str) -> None:
     def broken(*_: object) -> object:
         raise StoreError("the store is down")
 
-    stages = replace(STAGES, **{stage: broken})  # type: ignore[arg-type]
+    stages = replace(STAGES, **{stage: broken}) if stage in {"fetch", "decode", "load"} else _with(**{stage: broken})  # type: ignore[arg-type]
     refs = [ObjectRef(f"good-{i}", 1) for i in range(100)]
     with pytest.raises(StoreError, match="the store is down"):
         list(run_pipeline([(0, refs)], stages, Meter()))
@@ -159,6 +166,23 @@ def test_one_object_larger_than_the_bound_passes(monkeypatch: pytest.MonkeyPatch
     assert rows.is_finished
 
 
+def test_fetching_and_decoding_begin_while_the_network_is_loaded() -> None:
+    decoded = threading.Semaphore(0)
+
+    def decode(data: bytes) -> NDArray[np.uint8]:
+        decoded.release()
+        return _decode(data)
+
+    def load() -> Network:
+        for _ in range(STAGES.decoded_images):
+            assert decoded.acquire(timeout=10)
+        return NETWORK
+
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
+    stages = replace(STAGES, decode=decode, load=load)  # type: ignore[arg-type]
+    assert sum(1 for _ in run_pipeline([(0, refs)], stages, Meter())) == 1
+
+
 def test_the_meter_knows_where_the_time_went() -> None:
     def slow(batch: NDArray[np.uint8]) -> Arrays:
         time.sleep(0.02)
@@ -166,7 +190,7 @@ def test_the_meter_knows_where_the_time_went() -> None:
 
     meter = Meter()
     refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
-    list(run_pipeline([(0, refs)], replace(STAGES, predict=slow), meter))
+    list(run_pipeline([(0, refs)], _with(predict=slow), meter))
     assert meter.stage_seconds["predict"] >= 10 * 0.02
     assert meter.stage_seconds["predict"] > meter.stage_seconds["decode"]
     assert meter.threads == {"fetch": 3, "decode": 2, "predict": 2}
@@ -181,7 +205,7 @@ def test_a_caller_that_is_slow_slows_the_pipeline_down() -> None:
     settled = meter.objects
     time.sleep(0.3)
     assert meter.objects == settled
-    assert settled <= 20 * (pipeline.OPEN_PARTITIONS + STAGES.batch_size * STAGES.predict_threads + 1)
+    assert settled <= 20 * (pipeline.OPEN_PARTITIONS + NETWORK.batch_size * NETWORK.threads + 1)
     assert 1 + len(list(finished)) == 500
 
 
@@ -209,7 +233,7 @@ def test_outputs_whose_shape_depends_on_the_image_are_an_error() -> None:
 
     refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
     with pytest.raises(ModelError, match="for one image"):
-        list(run_pipeline([(0, refs)], replace(STAGES, finish=finish), Meter()))
+        list(run_pipeline([(0, refs)], _with(finish=finish), Meter()))
 
 
 def _pipeline_threads() -> list[str]:

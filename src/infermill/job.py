@@ -30,7 +30,7 @@ from infermill.pipeline import run_pipeline
 from infermill.plan import PlanInfo, cut, known_bytes, write_plan
 from infermill.sources import canonical, list_source, rereadable
 from infermill.types import CardOptions, ObjectRef, Options, PartitionReport, Source, Summary
-from infermill.worker import Job, check_options, load_predictor, stages_of
+from infermill.worker import Job, check_options, load_predictor, network_of, stages_of
 
 PROBE_OBJECTS = 64
 FORMAT = 1
@@ -144,7 +144,7 @@ def estimate(
     list_seconds = time.monotonic() - started
     meter = Meter()
     predictor, tasks = load_predictor(resolved, options, meter)
-    stages = stages_of(where, resolved, predictor, tasks, options)
+    stages = stages_of(where, resolved, options, lambda: network_of(predictor, tasks))
     started = time.monotonic()
     for _ in run_pipeline([(0, sample.refs)], stages, meter):
         pass

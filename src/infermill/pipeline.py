@@ -2,11 +2,12 @@
 
     refs ─► fetch threads ─► decode threads ─► predict threads ─► finished partitions
             bytes in flight   bounded queue      assemble a batch,
-            are bounded                          run the network
+            are bounded       of images          run the network
 
-All stages run at once, over one endless stream of inputs: a batch may hold images of two partitions, so that
-nothing drains where one partition ends. An input that cannot be predicted becomes a failure at one place,
-`_guarded`; any other exception stops the pipeline and is raised to the caller.
+Fetching and decoding begin while the network is being loaded. All stages run at once, over one endless stream of
+inputs: a batch may hold images of two partitions, so that nothing drains where one partition ends. An input that cannot
+be predicted becomes a failure at one place, `_guarded`; any other exception stops the pipeline and is raised to the
+caller.
 """
 
 import queue
@@ -71,17 +72,27 @@ class PartitionRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Network:
+    """A loaded network: `threads` threads call `predict` with batches of up to `batch_size` images."""
+
+    predict: Callable[[Image], Arrays]
+    finish: Callable[[Arrays], tuple[Arrays, NDArray[np.bool_]]]
+    "What is kept of each row, and which rows are finite."
+    threads: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stages:
     """What the pipeline runs, and on how many threads."""
 
     fetch: "Callable[[ObjectRef, Callable[[int], None]], ReadableBuffer]"
     decode: "Callable[[ReadableBuffer], Image]"
-    predict: Callable[[Image], Arrays]
-    finish: Callable[[Arrays], tuple[Arrays, NDArray[np.bool_]]]
+    load: Callable[[], Network]
     fetch_threads: int
     decode_threads: int
-    predict_threads: int
-    batch_size: int
+    decoded_images: int
+    "How many images may wait for the network."
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +129,11 @@ class _Pipeline:
         self._stages = stages
         self._meter = meter
         self._inputs = self._read(partitions)
-        # More than can be stuck in a batch that is not full, or partitions of one object would wait for ever.
-        self._room = threading.Semaphore(OPEN_PARTITIONS + stages.batch_size * stages.predict_threads)
+        self._room = threading.Semaphore(OPEN_PARTITIONS)
         self._inputs_lock = threading.Lock()
         self._budget = _ByteBudget(MAX_BYTES_IN_FLIGHT)
         self._fetched: queue.Queue[tuple[_Input, ReadableBuffer, _Lease] | None] = queue.Queue(4 * stages.fetch_threads)
-        self._decoded: queue.Queue[tuple[_Input, Image] | None] = queue.Queue(
-            stages.batch_size * (stages.predict_threads + 1)
-        )
+        self._decoded: queue.Queue[tuple[_Input, Image] | None] = queue.Queue(stages.decoded_images)
         self._finished: queue.Queue[PartitionRows | BaseException | None] = queue.Queue()
         self._batch_lock = threading.Lock()
         self._rows_lock = threading.Lock()
@@ -134,25 +142,23 @@ class _Pipeline:
 
     def start(self) -> None:
         stages = self._stages
-        self._meter.threads = {
-            "fetch": stages.fetch_threads,
-            "decode": stages.decode_threads,
-            "predict": stages.predict_threads,
-        }
         fetched = _Countdown(stages.fetch_threads, lambda: self._put(self._fetched, None))
         decoded = _Countdown(stages.decode_threads, lambda: self._put(self._decoded, None))
-        predicted = _Countdown(stages.predict_threads, lambda: self._finished.put(None))
-        for name, count, loop, countdown in (
-            ("fetch", stages.fetch_threads, self._fetch_loop, fetched),
-            ("decode", stages.decode_threads, self._decode_loop, decoded),
-            ("predict", stages.predict_threads, self._predict_loop, predicted),
-        ):
-            for number in range(count):
-                thread = threading.Thread(
-                    target=self._run, args=(loop, countdown), name=f"{name}-{number}", daemon=True
-                )
-                self._threads.append(thread)
-                thread.start()
+        self._start_threads("fetch", stages.fetch_threads, self._fetch_loop, fetched)
+        self._start_threads("decode", stages.decode_threads, self._decode_loop, decoded)
+        network = stages.load()
+        # As many partitions of one object can be stuck in batches that are not full.
+        self._room.release(network.threads * network.batch_size)
+        predicted = _Countdown(network.threads, lambda: self._finished.put(None))
+        self._start_threads("predict", network.threads, lambda: self._predict_loop(network), predicted)
+
+    def _start_threads(self, stage: str, count: int, loop: Callable[[], None], countdown: "_Countdown") -> None:
+        self._meter.threads[stage] = count
+        for number in range(count):
+            name = f"{stage}-{number}"
+            thread = threading.Thread(target=self._run, args=(loop, countdown), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def finished(self) -> Iterator[PartitionRows]:
         while True:
@@ -219,15 +225,15 @@ class _Pipeline:
             if image is not None:
                 self._put(self._decoded, (item, image))
 
-    def _predict_loop(self) -> None:
+    def _predict_loop(self, network: Network) -> None:
         while True:
             started = time.perf_counter()
-            items, images = self._take_batch()
+            items, images = self._take_batch(network.batch_size)
             self._meter.spend("idle", time.perf_counter() - started)
             if not items:
                 return
             started = time.perf_counter()
-            values, finite = self._stages.finish(self._stages.predict(np.stack(images)))
+            values, finite = network.finish(network.predict(np.stack(images)))
             self._meter.spend("predict", time.perf_counter() - started)
             for index, item in enumerate(items):
                 if finite[index]:
@@ -236,12 +242,12 @@ class _Pipeline:
                     message = "the network answered NaN or infinity"
                     self._fail(item, Failure("predict", "nonfinite", message))
 
-    def _take_batch(self) -> tuple[list[_Input], list[Image]]:
+    def _take_batch(self, batch_size: int) -> tuple[list[_Input], list[Image]]:
         """A full batch, by one thread at a time; a shorter one at the very end only."""
         items: list[_Input] = []
         images: list[Image] = []
         with self._batch_lock:
-            while len(items) < self._stages.batch_size:
+            while len(items) < batch_size:
                 work = self._take(self._decoded)
                 if work is None:
                     break

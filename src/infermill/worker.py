@@ -1,8 +1,9 @@
 """What a worker does with its share of a job, whichever engine started it."""
 
+import functools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from infermill.fetch import fetcher
 from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.output import PLAN_FOLDER, Output, rows_table
-from infermill.pipeline import PartitionRows, Stages, run_pipeline
+from infermill.pipeline import Network, PartitionRows, Stages, run_pipeline
 from infermill.plan import PlanInfo, partition_reader
 from infermill.predictions import TaskRows, rows_for
 from infermill.runtimes import Predictor, load
@@ -22,6 +23,7 @@ from infermill.types import Options, PartitionReport, Source
 FETCH_THREADS = 4
 REMOTE_FETCH_THREADS = 32
 WRITE_THREADS = 2
+DECODED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,10 @@ def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[Parti
     """
     output = Output(job.output, job.options)
     refs = partition_reader(job.plan.plan_id, lambda name: output.read_existing(f"{PLAN_FOLDER}/{name}"))
-    predictor, tasks = load_predictor(job.model, job.options, meter)
+    loaded = functools.cache(lambda: load_predictor(job.model, job.options, meter))
 
     def write(rows: PartitionRows) -> PartitionReport:
+        predictor, tasks = loaded()
         started = time.perf_counter()
         report = _report(rows, predictor)
         table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures)
@@ -62,7 +65,7 @@ def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[Parti
         meter.spend("write", time.perf_counter() - started)
         return report
 
-    stages = stages_of(job.source, job.model, predictor, tasks, job.options)
+    stages = stages_of(job.source, job.model, job.options, lambda: network_of(*loaded()))
     finished = run_pipeline(((number, refs(number)) for number in ids), stages, meter)
     # Left in this order: after an error, the pipeline stops before the last writes are waited for.
     with ThreadPoolExecutor(WRITE_THREADS, "write") as pool, closing(finished):
@@ -85,18 +88,22 @@ def check_options(options: Options) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
 
 
-def stages_of(source: Source, model: Model, predictor: Predictor, tasks: TaskRows, options: Options) -> Stages:
+def network_of(predictor: Predictor, tasks: TaskRows) -> Network:
+    """A predictor and its task, as the pipeline runs them."""
+    return Network(predictor, tasks.finish, predictor.streams, predictor.batch_size)
+
+
+def stages_of(source: Source, model: Model, options: Options, load: Callable[[], Network]) -> Stages:
     """The functions and thread counts of this worker's pipeline."""
     is_local = source.root.startswith("/") and not source.keys_are_uris
+    height, width = model.card.preprocess.height_width or (1, 1)
     return Stages(
         fetch=fetcher(source, options),
         decode=image_decoder(model.card.preprocess, options.decode, options.max_pixels),
-        predict=predictor,
-        finish=tasks.finish,
+        load=load,
         fetch_threads=FETCH_THREADS if is_local else REMOTE_FETCH_THREADS,
         decode_threads=options.decode_threads or usable_cores(),
-        predict_threads=predictor.streams,
-        batch_size=predictor.batch_size,
+        decoded_images=max(DECODED_BYTES // (height * width * 3), 1),
     )
 
 
