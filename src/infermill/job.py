@@ -28,6 +28,7 @@ from infermill.models.model import Model, open_model
 from infermill.output import JOB_FILE, PLAN_FOLDER, SUCCESS_FILE, Output
 from infermill.pipeline import run_pipeline
 from infermill.plan import PlanInfo, cut, known_bytes, write_plan
+from infermill.runtimes import import_early
 from infermill.sources import canonical, list_source, rereadable
 from infermill.types import CardOptions, ObjectRef, Options, PartitionReport, Source, Summary
 from infermill.worker import Job, check_options, load_predictor, network_of, stages_of
@@ -75,6 +76,7 @@ def run(
     options = options or Options()
     check_options(options)
     parse_budget(options.max_failures)
+    import_early(options.runtime)
     resolved = open_model(model, options, card_options or CardOptions())
     _tell_assumptions(resolved)
     place = Output(str(output), options)

@@ -1,7 +1,9 @@
 """The libraries that execute a network, behind one contract: `load(model, threads) -> Predictor`."""
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +43,16 @@ class Predictor:
 
     def __call__(self, batch: NDArray[np.uint8]) -> Arrays:
         return self.run(batch)
+
+
+def import_early(runtime: RuntimeName) -> None:
+    """Begin to import the library in the background: it takes a while, and is needed when there is a plan."""
+
+    def import_it() -> None:
+        with suppress(ImportError):  # `load` will say it
+            importlib.import_module(MODULES[runtime])
+
+    threading.Thread(target=import_it, name="import", daemon=True).start()
 
 
 def load(model: Model, runtime: RuntimeName, threads: int) -> Predictor:
