@@ -62,7 +62,7 @@ class _Builder:
 def resnet18(path: Path, seed: int = 0) -> Path:
     """Write ResNet-18 (He et al. 2015, https://arxiv.org/abs/1512.03385) to `path`, 47 MB, opset 17.
 
-    Its input is `data`, float32 [N, 3, H, W] (224 in training), normalised as for ImageNet; its output is `logits`, float32
+    Its input is `data`, float32 [N, 3, height, width], normalised as for ImageNet; its output is `logits`, float32
     [N, 1000]. Different pictures have different best classes.
 
     Example:
