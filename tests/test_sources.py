@@ -385,10 +385,16 @@ def test_a_prefix_means_itself_and_no_neighbour(prefix: str, bucket: Bucket) -> 
     assert fetched(uri, None, bucket.options) == {f"{prefix}x.jpg": f"{prefix}x.jpg".encode()}
 
 
-def test_a_leading_slash_is_only_known_with_boto3(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket.put("a.jpg", b"cat")
+def test_without_boto3_a_plain_bucket_is_listed_and_a_leading_slash_is_told(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
-    assert fetched(bucket.uri, None, bucket.options) == {"a.jpg": b"cat"}
+    bucket.put("folder/", b"")
+    bucket.put("folder/a.jpg", b"cat")
+    assert fetched(bucket.uri, None, bucket.options) == {"folder/a.jpg": b"cat"}
+    bucket.put("/b.jpg", b"dog")
+    with pytest.raises(SourceError, match="needs boto3"):
+        fetched(bucket.uri, None, bucket.options)
 
 
 @pytest.mark.parametrize(

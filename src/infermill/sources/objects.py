@@ -5,7 +5,6 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,7 +139,7 @@ def printable(name: str) -> str:
 def _list_store(base: Location, options: StoreOptions, keep: Keep) -> Iterator[pa.RecordBatch]:
     last_key = ""
     store = open_store(base, options)
-    if is_nameable(base.path.removesuffix("/") or base.path) and not _has_leading_slashes(base, options):
+    if is_nameable(base.path.removesuffix("/") or base.path) and not _has_leading_slashes(base, store):
         try:
             for chunk in obstore.list(store, base.path or None, chunk_size=BATCH_ROWS, return_arrow=True):
                 batch = _listing_batch(pa.record_batch(chunk))
@@ -160,12 +159,20 @@ def _listing_batch(rows: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=LISTING_SCHEMA)
 
 
-def _has_leading_slashes(base: Location, options: StoreOptions) -> bool:
-    """Whether a bucket holds keys like `/a`, which object_store lists as `a`; unknown, and False, without boto3."""
-    if base.scheme != "s3" or base.path or find_spec("boto3") is None:
+def _has_leading_slashes(base: Location, store: "ObjectStore") -> bool:
+    """Whether a bucket holds keys like `/a`, which object_store lists as `a`, and then does not find."""
+    if base.scheme != "s3" or base.path:
         return False
-    first_page = next(_list_s3_exactly(base, options, "/", page_rows=1))
-    return bool(first_page.num_rows)
+    try:
+        # Keys behind `.zzzz` are first those that begin with a slash; empty ones may be markers, see below.
+        first = next((one for one in next(obstore.list(store, offset=".zzzz"), ()) if one["size"]), None)
+        if first is not None:
+            store.head(first["path"])
+    except FileNotFoundError:
+        return True
+    except STORE_ERRORS:
+        return False  # the listing has the last word
+    return False
 
 
 def _without_markers(batch: pa.RecordBatch, store: "ObjectStore") -> pa.RecordBatch:
