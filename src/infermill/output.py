@@ -195,7 +195,9 @@ class Output:
         for _, name in sorted(self.parts().items()):
             content = self.read(name)
             if content is not None:
-                yield pq.read_table(pa.BufferReader(content)).replace_schema_metadata(None)
+                # Not `pq.read_table`: its threads may hold `content` until after the interpreter has ended, and abort.
+                part = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+                yield part.replace_schema_metadata(None)
 
 
 def part_name(partition: int) -> str:

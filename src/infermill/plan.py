@@ -144,7 +144,7 @@ def partition_reader(plan_id: str, read: Callable[[str], bytes]) -> Callable[[in
     def refs(partition: int) -> list[ObjectRef]:
         name = _file_name(plan_id, partition)
         try:
-            table = open_file(name).read_row_group(partition % PARTITIONS_PER_FILE)
+            table = open_file(name).read_row_group(partition % PARTITIONS_PER_FILE, use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise StoreError(f"the plan file {name} is damaged: {error}", "start anew with another output") from None
         return [

@@ -90,7 +90,7 @@ def _rows(reader: BinaryIO, where: str) -> Iterator[pa.RecordBatch]:
             f"{where} has none of the columns {', '.join(KEY_COLUMNS)}", f"its columns are {', '.join(names)}"
         )
     wanted = [key, *(name for name in ("size", "etag") if name in names)]
-    for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
+    for batch in file.iter_batches(BATCH_ROWS, columns=wanted, use_threads=False):
         keys = batch[key].cast(pa.string())
         if keys.null_count:
             raise SourceError(f"{where} has rows without a {key}", "every row must name an object")
