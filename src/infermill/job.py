@@ -92,7 +92,7 @@ def run(
         reports = place.reports(done.values(), job.notes)
         todo = [number for number in range(job.plan.partitions) if number not in done]
         meter.todo = job.plan.objects - sum(report.ok + report.failed for report in reports)
-        if done:
+        if done and todo:
             logger.info("resuming: %d of %d partitions are done", len(done), job.plan.partitions)
         if todo:
             reports.extend(local.run(job, todo, meter))
