@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 from PIL.Image import Resampling
 
-from infermill.decode.image import MAX_PIXELS, image_decoder, prepare, prepare_array
+from infermill.decode.image import image_decoder, prepare, prepare_array
 from infermill.errors import BadInputError
 from infermill.models.card import Crop, Filter, Preprocess, Resize
-from infermill.types import DecodeProfile, FailureCode
+from infermill.types import MAX_PIXELS, DecodeProfile, FailureCode
 from tests.images import BAD, GOOD, encoded, exif_bytes, jpeg_bytes, photo, tolerance
 
 Pixels = NDArray[np.uint8]

@@ -22,7 +22,7 @@ from infermill.errors import JobMismatchError, ModelError, SourceError, UsageErr
 from infermill.job import parse_budget
 from infermill.meter import Meter
 from tests.networks import tiny_classifier
-from tests.servers import ScriptedStore
+from tests.servers import Answer, ScriptedStore
 
 CLASSES = 10
 
@@ -214,6 +214,16 @@ def test_a_lost_reply_to_the_job_file_costs_nothing(card: Path, photos: Path, sc
     scripted_store.lost_replies = 20
     assert infermill.run(photos, card, "s3://jobs/out", options).ok == 20
     assert infermill.run(photos, card, "s3://jobs/out", options).model_loads == 0
+
+
+def test_a_job_file_that_cannot_be_read_back_keeps_its_plan(
+    card: Path, photos: Path, scripted_store: ScriptedStore
+) -> None:
+    options = replace(SMALL, endpoint_url=scripted_store.options.endpoint_url, region=scripted_store.options.region)
+    scripted_store.answer("jobs/out/_infermill/job.json", Answer(404, "NoSuchKey"), times=2, method="GET")
+    with pytest.raises(infermill.StoreError, match="can neither be created nor read"):
+        infermill.run(photos, card, "s3://jobs/out", options)
+    assert infermill.run(photos, card, "s3://jobs/out", options).ok == 20
 
 
 def test_two_drivers_at_once_end_well(card: Path, photos: Path, tmp_path: Path) -> None:

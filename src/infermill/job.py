@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from infermill import __version__
 from infermill.engines import local
-from infermill.errors import JobMismatchError, SourceError, StoreError, UsageError
+from infermill.errors import InfermillError, JobMismatchError, SourceError, StoreError, UsageError
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import Model, open_model
@@ -221,29 +221,30 @@ def _plan_job(
             meter.listed += table.num_rows
             yield table
 
-    winner = None
     try:
         where, batches = list_source(source, options.suffix, options)
         tables = cut(batches, options.partition_objects, options.partition_bytes, options.limit)
         plan = write_plan(counted(tables), plan_id, create)
         if not plan.objects:
             raise _empty(source)
-        meter.spend("list", time.perf_counter() - started)
-        job = {
-            "format": FORMAT,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "fingerprint": fingerprint,
-            "source": asdict(where),
-            "plan": asdict(plan),
-        }
-        place.create(JOB_FILE, json.dumps(job, indent=1).encode())
-        # Read back rather than remembered: where the reply to our own create was lost, we are the winner.
-        winner = _read_job(place)
-    finally:
-        if winner is None or winner["plan"]["plan_id"] != plan_id:
-            place.delete(created)
+    except InfermillError:
+        place.delete(created)
+        raise
+    meter.spend("list", time.perf_counter() - started)
+    job = {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "fingerprint": fingerprint,
+        "source": asdict(where),
+        "plan": asdict(plan),
+    }
+    # From here on job.json may name our plan, whatever the store says: it is deleted only when another one has won.
+    place.create(JOB_FILE, json.dumps(job, indent=1).encode())
+    winner = _read_job(place)
     if winner is None:
         raise StoreError(f"{place.uri}/{JOB_FILE} can neither be created nor read", "run the same command again")
+    if winner["plan"]["plan_id"] != plan_id:
+        place.delete(created)
     return winner
 
 

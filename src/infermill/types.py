@@ -17,6 +17,8 @@ FailureCode = Literal[
     "nonfinite",  # the network answered NaN or infinity
 ]
 Task = Literal["classification", "embedding", "raw"]
+MAX_PIXELS = 178_956_970
+"Pillow's own limit, beyond which it calls an image a decompression bomb."
 RuntimeName = Literal["openvino", "onnxruntime"]
 DecodeProfile = Literal["exact", "fast"]
 
@@ -72,7 +74,7 @@ class Options(StoreOptions):
     "Threads of the network. (default: one a core)"
     decode_threads: int | None = None
     "Threads that decode. (default: one a core)"
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     "Images with more pixels than this are failures, told before they are decoded."
     max_failures: str | None = None
     "Budget of failures, as a number or in percent (1%); the command line ends with exit code 3 beyond it."

@@ -41,15 +41,12 @@ from PIL.WebPImagePlugin import WebPImageFile
 from infermill.decode.resize import Picture, Pixels, check_pixels, divisor_of, fit
 from infermill.errors import BadInputError
 from infermill.models.card import Preprocess
-from infermill.types import DecodeProfile, FailureCode
+from infermill.types import MAX_PIXELS, DecodeProfile, FailureCode
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 Decode = Callable[["ReadableBuffer"], Pixels]
-
-MAX_PIXELS = 178_956_970
-"Pillow's own limit, beyond which it calls an image a decompression bomb."
 
 _JPEG = b"\xff\xd8\xff"
 # Classes, because Image.open warns from half of its limit on.

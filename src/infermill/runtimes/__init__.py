@@ -52,7 +52,8 @@ def import_early(runtime: RuntimeName) -> None:
         with suppress(ImportError):  # `load` will say it
             importlib.import_module(MODULES[runtime])
 
-    threading.Thread(target=import_it, name="import", daemon=True).start()
+    # No daemon: a process that ends in the middle of a library's own start-up would abort.
+    threading.Thread(target=import_it, name="import").start()
 
 
 def load(model: Model, runtime: RuntimeName, threads: int) -> Predictor:
