@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        card = _make_card(work, 256, 224)
+        card = make_card(work, 256, 224)
         photo_bytes = make_photos(work / "photos", arguments.photos)
         print(
             f"{machine()}\n\n{arguments.photos} photos of 500x375, {photo_bytes / 1024:.0f} KB mean, ResNet-18 fp32\n"
@@ -89,7 +89,8 @@ def _ratio(values: list[float], limits: list[float]) -> str:
     return f"{median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})"
 
 
-def _make_card(work: Path, shorter: int, size: int) -> Path:
+def make_card(work: Path, shorter: int, size: int) -> Path:
+    """Write a ResNet-18 and its card, for images of `size` pixels a side."""
     resnet18(work / "resnet18.onnx")
     crop = {"center": [size, size]}
     card: ModelCard = parse_card(
@@ -122,7 +123,7 @@ def _job(work: Path, card: Path, source: str, *flags: str, **environment: str) -
     child = infermill("run", source, "-m", str(card), "-o", str(out), "--json", *flags, **environment)
     summary = child.json
     assert summary["failed"] == 0, summary
-    return summary["objects_per_second"], child.peak_rss_mb
+    return summary["objects_per_second"], child.peak_mb
 
 
 def _model_only(card: Path) -> float:
@@ -178,7 +179,7 @@ def _top(source: str, card: Path, out: Path, decode: str) -> list[list[dict[str,
 
 def _print_memory(work: Path, small: int) -> None:
     """Peak memory must not grow with the number of objects."""
-    card = _make_card(work, 64, 64)
+    card = make_card(work, 64, 64)
     rows = []
     for count in (small // 20, small):
         make_photos(work / f"small-{count}", count, (80, 60))

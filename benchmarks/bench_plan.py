@@ -61,7 +61,7 @@ def _plan(work: Path, count: int) -> list[str]:
     result = json.loads(child.stdout)
     assert result["objects"] == count
     pace = count / result["seconds"]
-    return [f"{count:,}", f"{pace:,.0f}", f"{result['partitions']:,}", f"{child.peak_rss_mb:.0f} MB"]
+    return [f"{count:,}", f"{pace:,.0f}", f"{result['partitions']:,}", f"{child.peak_mb:.0f} MB"]
 
 
 def _run_twelve(work: Path, card: Path, number: int) -> Child:

@@ -11,13 +11,15 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+MEMORY_EVERY_SECONDS = 0.1
 
 
 def machine() -> str:
@@ -32,11 +34,14 @@ def machine() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A finished process: what it printed, its wall time, and the largest memory that it had."""
+    """A finished process: what it printed, its wall time, and the most memory that it and its workers had at once.
+
+    Memory is the proportional set size: a page that processes share counts once.
+    """
 
     stdout: str
     seconds: float
-    peak_rss_mb: float
+    peak_mb: float
 
     @property
     def json(self) -> dict[str, Any]:
@@ -48,13 +53,24 @@ def run_child(*command: str, **environment: str) -> Child:
     started = time.perf_counter()
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(command, stdout=out, env=os.environ | environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peak_bytes = 0
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, _memory_bytes(psutil.Process(process.pid)))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(MEMORY_EVERY_SECONDS)
         seconds = time.perf_counter() - started
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
         out.seek(0)
-        return Child(out.read().decode(), seconds, usage.ru_maxrss / 1024)
+        return Child(out.read().decode(), seconds, peak_bytes / 1e6)
+
+
+def _memory_bytes(process: psutil.Process) -> int:
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += one.memory_full_info().pss
+    return total
 
 
 def infermill(*arguments: str, **environment: str) -> Child:

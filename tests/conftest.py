@@ -11,6 +11,7 @@ from pathlib import Path
 import botocore.session
 import pytest
 
+from tests.fault_proxy import FaultProxy
 from tests.servers import AuthServer, Bucket, ScriptedStore, connect, run_ministack, run_moto_with_authentication
 
 NOBODY = 65534
@@ -60,6 +61,13 @@ def bucket(s3_server: str, aws_environment: pytest.MonkeyPatch) -> Iterator[Buck
     client.create_bucket(Bucket=name)
     yield Bucket(s3_server, name, client)
     client.close()
+
+
+@pytest.fixture
+def fault_proxy(s3_server: str) -> Iterator[FaultProxy]:
+    """The way to the S3 server on which a test can break requests."""
+    with FaultProxy(s3_server) as proxy:
+        yield proxy
 
 
 @pytest.fixture

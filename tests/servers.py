@@ -209,7 +209,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class ScriptedStore:
-    """GET, HEAD, PUT and DELETE of objects, and one page of a listing, as S3 has them; a script says what goes wrong.
+    """GET, HEAD, PUT and DELETE of objects, and listings of one level, as S3 has them; a script says what goes wrong.
 
     Attributes:
         honours_conditions: whether a PUT with If-None-Match is refused where the object exists.
@@ -256,21 +256,25 @@ class ScriptedStore:
             if method == "POST":
                 return self._delete_many(path, content)
             if path.rstrip("/").count("/") == 1 and "list-type" in query:
-                return self._list(path.rstrip("/"), query.get("prefix", [""])[0])
+                return self._list(path.rstrip("/"), {name: values[0] for name, values in query.items()})
             return self._get(path, headers.get("Range"))
 
-    def _list(self, bucket: str, prefix: str) -> tuple[Answer, bytes]:
-        """What lies directly below the prefix."""
-        keys = [
-            path.removeprefix(f"{bucket}/") for path in sorted(self.objects) if path.startswith(f"{bucket}/{prefix}")
-        ]
+    def _list(self, bucket: str, query: Mapping[str, str]) -> tuple[Answer, bytes]:
+        """A page of what lies directly below the prefix."""
+        prefix = query.get("prefix", "")
+        after = query.get("continuation-token", query.get("start-after", ""))
+        found = sorted(path for path in self.objects if path.startswith(f"{bucket}/{prefix}"))
+        rest = [key for key in (path.removeprefix(f"{bucket}/") for path in found) if key > after]
+        keys = rest[:1000]
+        token = f"<NextContinuationToken>{keys[-1]}</NextContinuationToken>" if keys else ""
+        more = str(len(rest) > len(keys)).lower()
         contents = "".join(
             f"<Contents><Key>{key}</Key><Size>{len(self.objects[f'{bucket}/{key}'])}</Size><ETag>&quot;x&quot;</ETag>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
             for key in keys
             if "/" not in key.removeprefix(prefix)
         )
-        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>"
+        body = f"<ListBucketResult><IsTruncated>{more}</IsTruncated>{token}{contents}</ListBucketResult>"
         return Answer(200, headers={"Content-Type": "application/xml"}), body.encode()
 
     def _put(self, path: str, condition: str | None, content: bytes) -> tuple[Answer, bytes]:
@@ -300,9 +304,11 @@ class ScriptedStore:
         return Answer(206, headers=_describe(content) | found), piece
 
     def _delete_many(self, path: str, content: bytes) -> tuple[Answer, bytes]:
-        for key in re.findall("<Key>([^<]*)</Key>", content.decode()):
+        keys = re.findall("<Key>([^<]*)</Key>", content.decode())
+        for key in keys:
             self.objects.pop(f"{path.rstrip('/')}/{key}", None)
-        return Answer(200), b"<DeleteResult/>"
+        deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+        return Answer(200), f"<DeleteResult>{deleted}</DeleteResult>".encode()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         store = self

@@ -64,7 +64,8 @@ def test_json_is_one_object_with_the_keys_of_the_summary(work: Path) -> None:
     summary = json.loads(done.stdout)
     assert list(summary) == [
         "planned", "ok", "failed", "failures_by_code", "example_keys", "seconds", "objects_per_second",
-        "stage_seconds", "workers", "model_loads", "runtime", "precision", "digest", "output",
+        "stage_seconds", "workers", "model_loads", "halved_batches", "runtime", "precision", "digest",
+        "output", "new", "changed", "unchanged", "retried",
     ]  # fmt: skip
     assert list(summary["stage_seconds"]) == ["list", "fetch", "decode", "predict", "write", "idle"]
     assert (summary["planned"], summary["ok"], summary["runtime"], summary["precision"]) == (10, 10, "openvino", "fp32")
@@ -97,6 +98,58 @@ def test_over_the_budget_is_exit_code_3(work: Path) -> None:
     done = infermill("plan", "photos", "-m", "model.yaml", "--max-failures", "0", cwd=work)
     assert done.returncode == 3
     assert "error: about 1 of 13 objects fail" in done.stderr
+
+
+def test_append_retry_status_and_verify(work: Path) -> None:
+    flags = ["run", "photos", "-m", "model.yaml", "-o", "out", "--partition-objects", "6"]
+    (work / "photos/later.png").symlink_to(work / "later.png")
+    assert infermill(*flags, cwd=work).returncode == 0
+    write_photos(work / "photos", 1, first=99)
+    done = infermill(*flags, "--append", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "listed again: 1 new, 0 changed, 13 unchanged\n" in done.stdout
+    done = infermill("status", "out", cwd=work)
+    assert done.stdout.startswith(
+        "14 objects: 13 predicted, 1 failed, 0 left\n4 partitions: 4 done, 0 left\nfinished\n"
+    )
+    assert "missing      1  later.png\n" in done.stdout
+    assert re.search(r"^ +0 +6 +5 +1$", done.stdout, re.MULTILINE)
+    (work / "later.png").write_bytes((work / "photos/photo-001.png").read_bytes())
+    (work / "elsewhere").mkdir()
+    done = infermill("retry", "../out", cwd=work / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert "1 predicted again\n" in done.stdout
+    assert json.loads(infermill("retry", "out", "--codes", "empty,corrupt", "--json", cwd=work).stdout)["retried"] == 0
+    done = infermill("verify", "out", cwd=work)
+    assert (done.returncode, done.stdout) == (
+        0,
+        "verified: 14 objects in 4 partitions, 14 predicted and 0 failed\n",
+    )
+    (work / "out/part-00001.parquet").rename(work / "out/mine.parquet")
+    (work / "out/_SUCCESS").unlink()
+    done = infermill("verify", "out", cwd=work)
+    assert done.returncode == 1
+    assert done.stdout == (
+        "problem: part-00001.parquet is missing\n"
+        "problem: mine.parquet is no part of this job, and its rows are read with the others\n"
+        "problem: there is no _SUCCESS: the job is not finished\n"
+    )
+    assert json.loads(infermill("verify", "out", "--json", cwd=work).stdout)["problem_count"] == 3
+    status = json.loads(infermill("status", "out", "--json", cwd=work).stdout)
+    assert (status["left"], status["success"]) == (6, False)
+    assert status["by_partition"][1] == {"partition": 1, "planned": 6, "ok": None, "failed": None}
+    assert "not finished: 6 objects are left" in infermill("status", "out", cwd=work).stdout
+
+
+def test_overwrite_says_where_the_old_job_lies(work: Path) -> None:
+    flags = ["run", "photos", "-m", "model.yaml", "-o", "out"]
+    infermill(*flags, cwd=work)
+    done = infermill(*flags, "--limit", "3", cwd=work)
+    assert_problem(done, 2, "limit: None -> 3", "--overwrite")
+    done = infermill(*flags, "--limit", "3", "--overwrite", cwd=work)
+    assert done.stdout.startswith("3 objects: 3 predicted")
+    (told,) = re.findall(r"^the old job lies in (.+)$", done.stderr, re.MULTILINE)
+    assert infermill("verify", told, cwd=work).stdout.startswith("verified: 12 objects")
 
 
 def test_plan_writes_nothing(work: Path) -> None:
@@ -146,6 +199,12 @@ def test_doctor_has_a_hint_for_everything_that_is_missing(work: Path) -> None:
         (["run", "photos", "-m", "model.yaml", "-o", "out", "--limit", "0"], 2, ["limit"]),
         (["run", "photos", "-m", "model.yaml", "-o", "out", "--max-failures", "lots"], 2, ["--max-failures lots"]),
         (["run", "photos", "-m", "model.yaml", "-o", "model.yaml/out"], 1, ["model.yaml/out"]),
+        (["run", "photos", "-m", "model.yaml", "-o", "out", "--append", "--overwrite"], 2, ["--append, --overwrite"]),
+        (["run", "photos", "-m", "model.yaml", "-o", "out", "--append", "--limit", "3"], 2, ["--limit and --append"]),
+        (["retry", "photos"], 2, ["photos holds no job"]),
+        (["retry", "photos", "--codes", "missing,lost"], 2, ["no failure is called lost"]),
+        (["status", "photos"], 2, ["photos holds no job"]),
+        (["verify", "nowhere"], 2, ["nowhere holds no job"]),
         (["plan", "nowhere", "-m", "model.yaml"], 1, ["nowhere does not exist"]),
         (["inspect", "missing.onnx"], 2, ["missing.onnx does not exist"]),
         (["classify"], 2, ["classify"]),
@@ -163,7 +222,7 @@ def test_help_needs_none_of_the_heavy_libraries(work: Path) -> None:
     script += "finally: print([m for m in ('numpy','pyarrow','pydantic','onnx','openvino') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=work, check=True)
     assert done.stdout.endswith("[]\n")
-    for command in ("run", "plan", "inspect", "doctor", "demo"):
+    for command in ("run", "retry", "status", "verify", "plan", "inspect", "doctor", "demo"):
         assert re.search(rf"^\S* *{command} ", done.stdout, re.MULTILINE)
 
 

@@ -257,6 +257,17 @@ def test_a_stray_part_is_named(card: Path, photos: Path, tmp_path: Path) -> None
         infermill.run(photos, card, tmp_path / "out", SMALL)
 
 
+def test_a_part_under_the_name_of_another_is_told(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    (tmp_path / "out/part-00001.parquet").rename(tmp_path / "out/part-00007.parquet")
+    with pytest.raises(infermill.StoreError, match=r"part-00007\.parquet holds partition 1"):
+        infermill.run(photos, card, tmp_path / "out", SMALL)
+    (tmp_path / "out/part-00007.parquet").rename(tmp_path / "out/part-00001.parquet")
+    shutil.copy(tmp_path / "out/part-00000.parquet", tmp_path / "out/part-00001.parquet")
+    with pytest.raises(infermill.StoreError, match=r"part-00001\.parquet holds partition 0"):
+        infermill.run(photos, card, tmp_path / "out", SMALL)
+
+
 def test_a_manifest_with_other_content_is_another_job(
     card: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +285,7 @@ def test_a_damaged_job_file_is_told(card: Path, photos: Path, tmp_path: Path) ->
     infermill.run(photos, card, tmp_path / "out", SMALL)
     for content in ("{", "[]", '{"format": 1}', '{"format": 99, "plan": {}}'):
         (tmp_path / "out/_infermill/job.json").write_text(content)
-        with pytest.raises(JobMismatchError, match=r"job\.json is damaged, or not of format 1"):
+        with pytest.raises(JobMismatchError, match=r"job\.json is damaged, or not of format 2"):
             infermill.run(photos, card, tmp_path / "out", SMALL)
 
 

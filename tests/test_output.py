@@ -18,7 +18,8 @@ import pytest
 
 from infermill import read, read_batches
 from infermill.errors import JobMismatchError, StoreError, UsageError
-from infermill.output import Output, part_name, rows_table
+from infermill.output import Output
+from infermill.parts import part_name, rows_table
 from infermill.types import Failure, ObjectRef, PartitionReport, StoreOptions
 from tests.servers import Answer, Bucket, ScriptedStore, free_port
 
@@ -161,7 +162,7 @@ def test_a_killed_writer_leaves_no_half_file_that_a_reader_would_see(tmp_path: P
 def test_a_part_holds_the_rows_and_the_report(output: Output) -> None:
     assert output.create_part(0, rows(), REPORT, NOTES) == REPORT
     assert output.parts() == {0: "part-00000.parquet"}
-    assert output.reports(output.parts().values(), NOTES) == [REPORT]
+    assert output.reports(NOTES) == {0: REPORT}
     table = pq.read_table(pa.BufferReader(output.read_existing("part-00000.parquet")))
     assert table.schema.metadata[b"infermill.digest"] == b"sha256:abc"
     assert len(table.schema.metadata[b"infermill.write_id"]) == 32
@@ -226,7 +227,7 @@ def test_a_part_whose_store_breaks_down_is_told(method: str, scripted_store: Scr
     with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
         output.create_part(0, rows(), REPORT, NOTES)
     with pytest.raises(StoreError, match=r"part-00000\.parquet is denied"):
-        output.reports(["part-00000.parquet"], NOTES)
+        output.reports(NOTES)
 
 
 def test_the_probe_passes_and_leaves_nothing(output: Output) -> None:
@@ -241,7 +242,7 @@ def test_a_part_of_another_job_is_not_adopted(output: Output) -> None:
     with pytest.raises(JobMismatchError, match=r"part-00000\.parquet belongs to another job"):
         output.create_part(0, rows(), REPORT, others)
     with pytest.raises(JobMismatchError, match=r"part-00000\.parquet belongs to another job"):
-        output.reports(["part-00000.parquet"], others)
+        output.reports(others)
 
 
 def test_the_probe_passes_when_a_reply_is_lost(scripted_store: ScriptedStore) -> None:
@@ -299,7 +300,7 @@ def test_an_output_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pyt
     output = Output(name, StoreOptions())
     output.probe()
     assert output.create_part(0, rows(), REPORT, NOTES) == REPORT
-    assert output.reports(output.parts().values(), NOTES) == [REPORT]
+    assert output.reports(NOTES) == {0: REPORT}
     assert (tmp_path / "here" / name / "part-00000.parquet").exists()
     assert read(name).num_rows == 2
 
@@ -342,7 +343,7 @@ def test_a_part_that_somebody_else_wrote_is_told(content: bytes, output: Output)
         output.create_part(0, rows(), REPORT, NOTES)
     assert caught.value.hint == "move it out of the way"
     with pytest.raises(StoreError, match="infermill did not write"):
-        output.reports(["part-00000.parquet"], NOTES)
+        output.reports(NOTES)
 
 
 def test_a_dead_store_is_told_once(aws_environment: pytest.MonkeyPatch) -> None:

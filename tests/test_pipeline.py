@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from infermill import pipeline
 from infermill.errors import BadInputError, ModelError, StoreError
 from infermill.meter import Meter
-from infermill.pipeline import Arrays, Network, PartitionRows, Stages, run_pipeline
-from infermill.types import ObjectRef
+from infermill.pipeline import Arrays, Network, PartitionRows, Share, Stages, run_pipeline
+from infermill.types import Failure, ObjectRef
 
 
 def _fetch(ref: ObjectRef, reserve: Callable[[int], None]) -> bytes:
@@ -40,15 +41,19 @@ def _finish(outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
     return outputs, outputs[0] != 13.0
 
 
-NETWORK = Network(_predict, _finish, threads=2, batch_size=4)
+NETWORK = Network(_predict, _finish, streams=2, batch_size=4)
 STAGES = Stages(
     fetch=_fetch,
     decode=_decode,  # type: ignore[arg-type]
     load=lambda: NETWORK,
     fetch_threads=3,
-    decode_threads=2,
+    compute_threads=2,
     decoded_images=12,
 )
+
+
+def _shares(partitions: Iterable[Sequence[ObjectRef]]) -> Iterator[Share]:
+    return (Share(number, refs) for number, refs in enumerate(partitions))
 
 
 def _with(**changes: Any) -> Stages:
@@ -68,7 +73,7 @@ def test_every_row_is_settled_once_whatever_fails(partitions: list[list[str]]) -
         numbered.append([ObjectRef(f"{kind}-{count + i}", 1) for i, kind in enumerate(kind_list)])
         count += len(kind_list)
     meter = Meter()
-    finished = {rows.partition: rows for rows in run_pipeline(enumerate(numbered), STAGES, meter)}
+    finished = {rows.partition: rows for rows in run_pipeline(_shares(numbered), STAGES, meter)}
     assert sorted(finished) == list(range(len(partitions)))
     for number, refs in enumerate(numbered):
         _check_rows(finished[number], refs)
@@ -99,7 +104,7 @@ def test_batches_are_full_across_partitions_and_only_the_last_is_short() -> None
         return _predict(batch)
 
     partitions = [[ObjectRef(f"good-{10 * p + i}", 1) for i in range(3)] for p in range(7)]
-    list(run_pipeline(enumerate(partitions), _with(predict=predict), Meter()))
+    list(run_pipeline(_shares(partitions), _with(predict=predict), Meter()))
     assert sorted(lengths, reverse=True) == [4, 4, 4, 4, 4, 1]
 
 
@@ -111,21 +116,21 @@ def test_any_other_error_stops_the_pipeline_and_reaches_the_caller(stage: str) -
     stages = replace(STAGES, **{stage: broken}) if stage in {"fetch", "decode", "load"} else _with(**{stage: broken})  # type: ignore[arg-type]
     refs = [ObjectRef(f"good-{i}", 1) for i in range(100)]
     with pytest.raises(StoreError, match="the store is down"):
-        list(run_pipeline([(0, refs)], stages, Meter()))
+        list(run_pipeline([Share(0, refs)], stages, Meter()))
     _wait_until(lambda: not _pipeline_threads())
 
 
 def test_an_error_of_the_plan_reaches_the_caller() -> None:
-    def partitions() -> "list[tuple[int, list[ObjectRef]]]":
+    def shares() -> list[Share]:
         raise StoreError("the plan is gone")
 
     with pytest.raises(StoreError, match="the plan is gone"):
-        list(run_pipeline((entry for entry in partitions()), STAGES, Meter()))
+        list(run_pipeline((share for share in shares()), STAGES, Meter()))
 
 
 def test_a_caller_that_leaves_stops_all_threads_at_once() -> None:
     refs = [[ObjectRef(f"good-{i}", 1)] for i in range(5000)]
-    finished = run_pipeline(enumerate(refs), STAGES, Meter())
+    finished = run_pipeline(_shares(refs), STAGES, Meter())
     next(finished)
     started = time.monotonic()
     finished.close()
@@ -155,14 +160,14 @@ def test_bytes_between_fetch_and_decode_are_bounded(monkeypatch: pytest.MonkeyPa
 
     stages = replace(STAGES, fetch=fetch, decode=decode, fetch_threads=8)  # type: ignore[arg-type]
     refs = [ObjectRef(f"good-{i}") for i in range(60)]  # their size is not known before they are fetched
-    list(run_pipeline([(0, refs)], stages, Meter()))
+    list(run_pipeline([Share(0, refs)], stages, Meter()))
     assert peak <= 800
 
 
 def test_one_object_larger_than_the_bound_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "MAX_BYTES_IN_FLIGHT", 10)
     refs = [ObjectRef(f"good-{i}", 400) for i in range(5)]
-    (rows,) = run_pipeline([(0, refs)], STAGES, Meter())
+    (rows,) = run_pipeline([Share(0, refs)], STAGES, Meter())
     assert rows.is_finished
 
 
@@ -180,7 +185,7 @@ def test_fetching_and_decoding_begin_while_the_network_is_loaded() -> None:
 
     refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
     stages = replace(STAGES, decode=decode, load=load)  # type: ignore[arg-type]
-    assert sum(1 for _ in run_pipeline([(0, refs)], stages, Meter())) == 1
+    assert sum(1 for _ in run_pipeline([Share(0, refs)], stages, Meter())) == 1
 
 
 def test_the_meter_knows_where_the_time_went() -> None:
@@ -190,22 +195,21 @@ def test_the_meter_knows_where_the_time_went() -> None:
 
     meter = Meter()
     refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
-    list(run_pipeline([(0, refs)], _with(predict=slow), meter))
+    list(run_pipeline([Share(0, refs)], _with(predict=slow), meter))
     assert meter.stage_seconds["predict"] >= 10 * 0.02
     assert meter.stage_seconds["predict"] > meter.stage_seconds["decode"]
-    assert meter.threads == {"fetch": 3, "decode": 2, "predict": 2}
 
 
 def test_a_caller_that_is_slow_slows_the_pipeline_down() -> None:
     meter = Meter()
     partitions = [[ObjectRef(f"good-{20 * p + i}", 1) for i in range(20)] for p in range(500)]
-    finished = run_pipeline(enumerate(partitions), STAGES, meter)
+    finished = run_pipeline(_shares(partitions), STAGES, meter)
     next(finished)
     time.sleep(0.5)
     settled = meter.objects
     time.sleep(0.3)
     assert meter.objects == settled
-    assert settled <= 20 * (pipeline.OPEN_PARTITIONS + NETWORK.batch_size * NETWORK.threads + 1)
+    assert settled <= 20 * (pipeline.OPEN_PARTITIONS + NETWORK.batch_size * NETWORK.streams + 1)
     assert 1 + len(list(finished)) == 500
 
 
@@ -219,7 +223,7 @@ def test_one_slow_object_does_not_let_partitions_pile_up() -> None:
 
     meter = Meter()
     partitions = [[ObjectRef(f"good-{2 * p + i}", 1) for i in range(2)] for p in range(500)]
-    finished = run_pipeline(enumerate(partitions), replace(STAGES, fetch=fetch), meter)
+    finished = run_pipeline(_shares(partitions), replace(STAGES, fetch=fetch), meter)
     collected = [next(finished) for _ in range(100)]
     release.set()
     collected += list(finished)
@@ -233,11 +237,102 @@ def test_outputs_whose_shape_depends_on_the_image_are_an_error() -> None:
 
     refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
     with pytest.raises(ModelError, match="for one image"):
-        list(run_pipeline([(0, refs)], _with(finish=finish), Meter()))
+        list(run_pipeline([Share(0, refs)], _with(finish=finish), Meter()))
+
+
+def test_rows_that_are_known_to_fail_are_not_touched() -> None:
+    known = {0: Failure("decode", "native_crash", "it died"), 3: Failure("predict", "timeout", "it hung")}
+    refs = [ObjectRef(f"touched-{i}" if i in known else f"good-{i}", 1) for i in range(4)]
+
+    def fetch(ref: ObjectRef, reserve: Callable[[int], None]) -> bytes:
+        assert not ref.key.startswith("touched")
+        return _fetch(ref, reserve)
+
+    (rows,) = run_pipeline([Share(7, refs, known)], replace(STAGES, fetch=fetch), Meter())
+    assert (rows.partition, rows.failures) == (7, known)
+    all_known = dict.fromkeys(range(4), known[0])
+    (rows,) = run_pipeline([Share(8, refs, all_known)], replace(STAGES, fetch=fetch), Meter())
+    assert rows.failures == all_known
+
+
+def test_the_watch_knows_what_is_in_hand() -> None:
+    lock = threading.Lock()
+    in_hand: list[tuple[str, tuple[int, int]]] = []
+    seen: list[tuple[str, tuple[int, int]]] = []
+
+    @contextmanager
+    def watch(stage: str, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
+        entries = [(stage, row) for row in rows]
+        with lock:
+            in_hand.extend(entries)
+            seen.extend(entries)
+        yield
+        with lock:
+            for entry in entries:
+                in_hand.remove(entry)
+
+    def decode(data: bytes) -> NDArray[np.uint8]:
+        assert ("decode", (0, int(data.split(b"-")[1]))) in in_hand
+        return _decode(data)
+
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(10)]
+    list(run_pipeline([Share(0, refs)], replace(STAGES, decode=decode, watch=watch), Meter()))  # type: ignore[arg-type]
+    assert not in_hand
+    assert sorted(seen) == [(stage, (0, row)) for stage in ("decode", "predict") for row in range(10)]
+
+
+@pytest.mark.parametrize("fits", [1, 3, 0])
+def test_a_batch_without_memory_is_halved(fits: int) -> None:
+    lengths: list[int] = []
+
+    def predict(batch: NDArray[np.uint8]) -> Arrays:
+        if len(batch) > fits:
+            raise MemoryError("no memory")
+        lengths.append(len(batch))
+        return _predict(batch)
+
+    meter = Meter()
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(13)]
+    (rows,) = run_pipeline([Share(0, refs)], _with(predict=predict, streams=1), meter)
+    assert sum(lengths) == (13 if fits else 0)
+    assert {failure.code for failure in rows.failures.values()} == (set() if fits else {"oom"})
+    # Once is enough: later batches are short from the start.
+    assert meter.halved_batches == {1: 3, 3: 1, 0: 3}[fits]
+
+
+def test_decoding_without_memory_is_a_row() -> None:
+    def decode(data: bytes) -> NDArray[np.uint8]:
+        if data == b"good-2":
+            raise MemoryError
+        return _decode(data)
+
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(5)]
+    (rows,) = run_pipeline([Share(0, refs)], replace(STAGES, decode=decode), Meter())  # type: ignore[arg-type]
+    assert {row: (failure.stage, failure.code) for row, failure in rows.failures.items()} == {2: ("decode", "oom")}
+
+
+def test_a_network_on_a_device_of_its_own_leaves_the_cores_to_decoding() -> None:
+    """With one compute thread for decoding, predicting goes on beside it."""
+    decoding = threading.Event()
+
+    def decode(data: bytes) -> NDArray[np.uint8]:
+        if data == b"good-9":
+            decoding.wait(10)
+        return _decode(data)
+
+    def predict(batch: NDArray[np.uint8]) -> Arrays:
+        decoding.set()
+        return _predict(batch)
+
+    stages = replace(_with(predict=predict, is_on_cores=False), decode=decode, compute_threads=1)  # type: ignore[arg-type]
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(10)]
+    started = time.monotonic()
+    list(run_pipeline([Share(0, refs)], stages, Meter()))
+    assert time.monotonic() - started < 5
 
 
 def _pipeline_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith(("fetch-", "decode-", "predict-"))]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("fetch-", "compute-"))]
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from infermill import plan
 from infermill.errors import StoreError
-from infermill.plan import PARTITIONS_PER_FILE, cut, known_bytes, partition_reader, write_plan
+from infermill.plan import (
+    PARTITIONS_PER_FILE,
+    REVISION_SCHEMA,
+    PlanInfo,
+    Revision,
+    cut,
+    known_bytes,
+    partition_reader,
+    write_plan,
+)
 from infermill.sources.objects import LISTING_SCHEMA
 from infermill.types import ObjectRef
 
@@ -105,7 +114,7 @@ def test_a_plan_round_trips(partitions: list[list[ObjectRef]]) -> None:
     info, files = write(tables)
     assert info.partitions == len(partitions)
     assert info.objects == sum(len(refs) for refs in partitions)
-    refs = partition_reader("abc", files.__getitem__)
+    refs = partition_reader([info], files.__getitem__)
     assert [refs(number) for number in range(info.partitions)] == partitions
 
 
@@ -121,7 +130,7 @@ def test_a_plan_of_several_files() -> None:
         reads.append(name)
         return files[name]
 
-    refs = partition_reader("abc", read)
+    refs = partition_reader([info], read)
     found = [ref.key for number in range(count) for ref in refs(number)]
     assert found == [f"{number}.jpg" for number in range(2 * count - 1)]
     assert reads == sorted(files)
@@ -130,13 +139,48 @@ def test_a_plan_of_several_files() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"not Parquet", b"PAR1" * 10])
 def test_a_damaged_plan_is_told(damage: bytes) -> None:
+    info = PlanInfo("abc", 2 * PARTITIONS_PER_FILE, 0, 0, "")
     with pytest.raises(StoreError, match=r"plan file abc-00001\.parquet is damaged"):
-        partition_reader("abc", lambda name: damage)(PARTITIONS_PER_FILE)
+        partition_reader([info], lambda name: damage)(PARTITIONS_PER_FILE)
 
 
 def test_a_plan_of_exactly_one_file_has_no_second_one() -> None:
     _, files = write(list(cut(batches_of([[1] * PARTITIONS_PER_FILE]), 1, 10, None)))
     assert list(files) == ["abc-00000.parquet"]
+
+
+def test_an_appended_plan_numbers_its_partitions_on() -> None:
+    first, files = write(list(cut(batches_of([[1] * 5]), 2, 10, None)))
+    tables = list(cut(batches_of([[1] * 130]), 2, 10, None, first=first.end))
+    appended = write_plan(tables, "def", files.__setitem__, first.end)
+    assert (appended.first, appended.end) == (3, 3 + 65)
+    assert [name for name, _ in appended.files] == ["def-00000.parquet", "def-00001.parquet"]
+    assert [numbers for _, numbers in appended.files] == [range(3, 67), range(67, 68)]
+    refs = partition_reader([first, appended], files.__getitem__)
+    assert [ref.key for ref in refs(2)] == ["4.jpg"]
+    assert [ref.key for ref in refs(3)] == ["0.jpg", "1.jpg"]
+    assert [ref.key for ref in refs(67)] == ["128.jpg", "129.jpg"]
+
+
+def test_appended_partitions_grow_with_the_number_of_those_before() -> None:
+    partitions = list(cut(batches_of([[1] * 8]), 2, 10, None, first=plan.DOUBLE_EVERY))
+    assert [table.num_rows for table in partitions] == [4, 4]
+
+
+def test_a_revision_round_trips() -> None:
+    def rows(*numbers: int) -> pa.Table:
+        columns = [numbers, [f"{n}.jpg" for n in numbers], [n - 1 for n in numbers], [None] * len(numbers)]
+        return pa.table([pa.array(column) for column in columns], names=REVISION_SCHEMA.names).cast(REVISION_SCHEMA)
+
+    revision = Revision(Revision.write([(7, rows(1, 5)), (2, rows(0))]))
+    assert (revision.partitions, revision.objects) == ([7, 2], 3)
+    assert 7 in revision
+    assert 0 not in revision
+    assert revision.rows(7) == [1, 5]
+    assert revision.refs(7) == [ObjectRef("1.jpg", 0), ObjectRef("5.jpg", 4)]
+    assert revision.refs(2) == [ObjectRef("0.jpg", -1)]
+    nothing = Revision(Revision.write([]))
+    assert (nothing.partitions, nothing.objects) == ([], 0)
 
 
 def test_the_digest_of_a_plan_follows_its_content() -> None:

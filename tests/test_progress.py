@@ -15,8 +15,6 @@ from infermill.progress import bottleneck, duration, show_progress
 from tests.networks import tiny_classifier
 from tests.test_job import write_photos
 
-THREADS = {"fetch": 4, "decode": 2, "predict": 2}
-
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (42, "42 s"), (187, "3:07"), (18_187, "5:03:07"), (59.6, "1:00")]
@@ -28,14 +26,15 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("busy", "expected"),
     [
-        ({"predict": 19.0, "idle": 1.0, "decode": 9.0, "fetch": 1.0}, "predict"),
-        ({"predict": 5.0, "idle": 15.0, "decode": 19.0, "fetch": 1.0}, "decode"),
-        ({"predict": 5.0, "idle": 15.0, "decode": 1.0, "fetch": 39.0}, "fetch"),
-        ({"predict": 0.0, "idle": 0.0, "decode": 0.0, "fetch": 0.0}, ""),
+        ({"predict": 19.0, "idle": 1.0, "decode": 9.0, "fetch": 1.0, "write": 0.0}, "predict"),
+        ({"predict": 5.0, "idle": 2.0, "decode": 19.0, "fetch": 1.0, "write": 0.0}, "decode"),
+        ({"predict": 5.0, "idle": 15.0, "decode": 1.0, "fetch": 39.0, "write": 1.0}, "fetch"),
+        ({"predict": 5.0, "idle": 15.0, "decode": 1.0, "fetch": 3.0, "write": 19.0}, "write"),
+        ({"predict": 0.0, "idle": 0.0, "decode": 0.0, "fetch": 0.0, "write": 0.0}, ""),
     ],
 )
 def test_the_bottleneck_is_what_the_others_wait_for(busy: dict[str, float], expected: str) -> None:
-    assert bottleneck(busy, THREADS, 10.0) == expected
+    assert bottleneck(busy) == expected
 
 
 def test_elsewhere_than_in_a_terminal_there_are_log_lines(

@@ -547,7 +547,7 @@ def test_a_parquet_manifest_of_many_rows_is_streamed(tmp_path: Path) -> None:
         ({"image": ["a.jpg"]}, "none of the columns uri, url, key, path"),
         ({"key": ["a.jpg", None]}, "rows without a key"),
         ({"key": ["a.jpg"], "size": ["large"]}, "cannot be read"),
-        ({"key": ["https://host/a.jpg"]}, "cannot read https://"),
+        ({"key": ["ftp://host/a.jpg"]}, "cannot read ftp://"),
     ],
 )
 def test_a_parquet_manifest_that_cannot_be_used_is_told(

@@ -66,7 +66,8 @@ def test_a_missing_bucket_name_is_bad_usage(uri: str) -> None:
 def test_an_unknown_scheme_is_bad_usage_that_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="cannot read https://") as caught:
         locate("https://user:hunter2@host/photos?signature=hunter2")
-    assert caught.value.hint == "use a local path or one of file://, s3://, gs://, az://"
+    assert caught.value.hint.startswith("use a local path or one of file://, s3://, gs://, az://; ")
+    assert "--allow-host" in caught.value.hint
     assert "hunter2" not in str(caught.value)
 
 
@@ -261,10 +262,17 @@ def test_another_region_is_told(action: Action, answer: Answer, scripted_store: 
     assert "--region" in problem.hint
 
 
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("uri", ["s3://photos", "/photos"])
+def test_a_deadline_that_is_no_time_is_bad_usage(uri: str, seconds: float) -> None:
+    with pytest.raises(UsageError, match="--store-deadline"):
+        open_store(locate(uri), StoreOptions(store_deadline=seconds))
+
+
 def test_expired_credentials_are_told(scripted_store: ScriptedStore) -> None:
     scripted_store.answer("photos/open.jpg", Answer(400, "ExpiredToken"))
     problem = problem_of(fetch_object, "photos", scripted_store.options)
-    assert "is denied" in problem.message
+    assert "have expired" in problem.message
     assert "ExpiredToken" in problem.hint
 
 

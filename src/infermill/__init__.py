@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from infermill.audit import JobStatus, Verification, status, verify
     from infermill.errors import InfermillError, JobMismatchError, ModelError, SourceError, StoreError, UsageError
-    from infermill.job import Estimate, estimate, run
+    from infermill.estimation import Estimate, estimate
+    from infermill.job import retry, run
     from infermill.models.card import ModelCard
     from infermill.output import read, read_batches
     from infermill.predict import Label, Prediction, load_model
@@ -15,10 +17,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CardOptions": "types",
-    "Estimate": "job",
+    "Estimate": "estimation",
     "Failure": "types",
     "InfermillError": "errors",
     "JobMismatchError": "errors",
+    "JobStatus": "audit",
     "Label": "predict",
     "ModelCard": "models.card",
     "ModelError": "errors",
@@ -28,11 +31,15 @@ _HOMES = {
     "StoreError": "errors",
     "Summary": "types",
     "UsageError": "errors",
-    "estimate": "job",
+    "Verification": "audit",
+    "estimate": "estimation",
     "load_model": "predict",
     "read": "output",
     "read_batches": "output",
+    "retry": "job",
     "run": "job",
+    "status": "audit",
+    "verify": "audit",
 }
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "Failure",
     "InfermillError",
     "JobMismatchError",
+    "JobStatus",
     "Label",
     "ModelCard",
     "ModelError",
@@ -50,11 +58,15 @@ __all__ = [
     "StoreError",
     "Summary",
     "UsageError",
+    "Verification",
     "estimate",
     "load_model",
     "read",
     "read_batches",
+    "retry",
     "run",
+    "status",
+    "verify",
 ]
 
 

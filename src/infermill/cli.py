@@ -11,10 +11,11 @@ from threading import Thread
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.validators import mutually_exclusive
 
 from infermill import __version__
 from infermill.errors import InfermillError, UsageError
-from infermill.types import CardOptions, Options, StoreOptions
+from infermill.types import RETRYABLE, CardOptions, Options, StoreOptions
 
 app = App(
     name="infermill",
@@ -24,8 +25,9 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(negative=()),
 )
-CARD = Group("Model (for a bare .onnx, or to override the card)", sort_key=2)
+CARD = Group("Model (for a bare .onnx, or to override the card)", sort_key=3)
 JOB = Group("Job", sort_key=1)
+EXISTING = Group("Job that is there already", sort_key=2, validator=mutually_exclusive)
 Model = Annotated[str, Parameter(alias="-m", help="A model card, or a bare .onnx: a path or a URI.")]
 JobFlags = Annotated[Options, Parameter(name="*", group=JOB)]
 CardFlags = Annotated[CardOptions, Parameter(name="*", group=CARD)]
@@ -33,6 +35,7 @@ StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
 Json = Annotated[bool, Parameter(help="Print the result as one JSON object.")]
 SOURCE_HELP = "A folder, file, glob, manifest (.txt, .parquet, or - for standard input), or an s3://, gs://, az:// URI."
 Source = Annotated[str, Parameter(help=SOURCE_HELP, allow_leading_hyphen=True)]  # `-`
+Output = Annotated[str, Parameter(help="The folder or URI that `run` wrote to.")]
 NO_OPTIONS = Options()
 NO_STORE_OPTIONS = StoreOptions()
 NO_CARD_OPTIONS = CardOptions()
@@ -47,6 +50,8 @@ def run(
     *,
     model: Model,
     output: Annotated[str, Parameter(alias="-o", help="A folder or URI for the parts; the same job there resumes.")],
+    append: Annotated[bool, Parameter(group=EXISTING, help="List again; add what is new, redo what changed.")] = False,
+    overwrite: Annotated[bool, Parameter(group=EXISTING, help="Move it aside, inside the output.")] = False,
     json: Json = False,
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,
@@ -56,9 +61,50 @@ def run(
     from infermill.progress import show_progress
 
     _log_to_stderr()
-    summary = job.run(source, model, output, options, card, show_progress)
+    existing: job.Existing = "append" if append else "overwrite" if overwrite else "resume"
+    summary = job.run(source, model, output, options, card, show_progress, existing)
     print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
     return _within_budget(f"{summary.failed:,}", summary.failed, summary.planned, options)
+
+
+@app.command
+def retry(
+    output: Output,
+    /,
+    *,
+    model: Annotated[str | None, Parameter(alias="-m", help="Where it is now. (default: as `run` was told)")] = None,
+    codes: Annotated[str, Parameter(help="Failures to try again, with commas between.")] = ",".join(RETRYABLE),
+    json: Json = False,
+    options: JobFlags = NO_OPTIONS,
+) -> int:
+    """Predict again what failed for a reason that may pass; the new rows take the place of the old ones."""
+    from infermill import job, report
+    from infermill.progress import show_progress
+
+    _log_to_stderr()
+    summary = job.retry(output, model, codes.split(","), options, display=show_progress)
+    print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
+    return _within_budget(f"{summary.failed:,}", summary.failed, summary.planned, options)
+
+
+@app.command
+def status(output: Output, /, *, json: Json = False, store: StoreFlags = NO_STORE_OPTIONS) -> int:
+    """Show how far the job in OUTPUT is, from the footers of its parts."""
+    from infermill import audit, report
+
+    found = audit.status(output, store)
+    print(jsonlib.dumps(found.as_json()) if json else report.status_text(found))
+    return 0
+
+
+@app.command
+def verify(output: Output, /, *, json: Json = False, store: StoreFlags = NO_STORE_OPTIONS) -> int:
+    """Read all of OUTPUT and check it: every key once, every part as it was written, the totals as declared."""
+    from infermill import audit, report
+
+    found = audit.verify(output, store)
+    print(jsonlib.dumps(found.as_json()) if json else report.verification_text(found))
+    return 1 if found.problem_count else 0
 
 
 @app.command
@@ -72,10 +118,11 @@ def plan(
     card: CardFlags = NO_CARD_OPTIONS,
 ) -> int:
     """Count SOURCE and predict a sample of it: how long the job will take, and what will fail. Writes nothing."""
-    from infermill import job, report
+    from infermill import report
+    from infermill.estimation import estimate as estimate_job
 
     _log_to_stderr()
-    estimate = job.estimate(source, model, options, card)
+    estimate = estimate_job(source, model, options, card)
     as_json = jsonlib.dumps(dataclasses.asdict(estimate))
     print(as_json if json else report.estimate_text(estimate))
     return _within_budget(

@@ -7,26 +7,32 @@ import stat
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from obstore import Bytes
 from obstore.exceptions import PreconditionError
 
 from infermill.errors import BadInputError
+from infermill.hosts import is_web
+from infermill.patience import is_passing, patiently
 from infermill.stores import (
     STORE_ERRORS,
     Location,
+    boto3_errors,
+    error_code,
     etag_of,
     explain,
-    is_denied_object,
     is_nameable,
     locate,
     open_s3_client,
     open_store,
 )
 from infermill.types import ObjectRef, Source, StoreOptions
+from infermill.web import web_fetcher
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -34,7 +40,11 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 Reserve = Callable[[int], object]
+_Content = bytes | Bytes
 MAX_OBJECT_BYTES = 1 << 30
+DENIED_AT_FIRST = 64
+"Where no object could be read, so many may be denied before the credentials are at fault."
+WITNESS_SECONDS = 10.0
 _ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 
 
@@ -47,69 +57,154 @@ class Fetch(Protocol):
 def fetcher(source: Source, options: StoreOptions) -> Fetch:
     """A function that fetches objects; it blocks without the GIL, and is called from many threads at once.
 
-    It raises BadInputError where the object is missing, changed since it was listed, or unreadable, and
-    StoreError where the store is at fault.
+    It raises BadInputError where the object is missing, changed since it was listed, unreadable, or fails while
+    others are read, and StoreError where the store is at fault.
     """
 
     opening = threading.Lock()
 
     @lru_cache(maxsize=64)
-    def store_of(scheme: str, container: str) -> "ObjectStore":
-        return open_store(Location(scheme, container, ""), options)
-
-    @lru_cache(maxsize=64)
-    def s3_client_of(scheme: str, container: str) -> tuple[str, Any]:
-        return open_s3_client(Location(scheme, container, ""), options)
+    def bucket_of(scheme: str, container: str) -> _Bucket:
+        return _Bucket(Location(scheme, container, ""), options)
 
     root = locate(source.root)
+    fetch_url = web_fetcher(options, MAX_OBJECT_BYTES)
 
     def fetch(ref: ObjectRef, reserve: Reserve = lambda _: None, /) -> "ReadableBuffer":
-        place = _place(ref.key, source, root)
+        if source.keys_are_uris and is_web(ref.key):
+            return fetch_url(ref.key, ref.etag, reserve)
+        place = place_of(ref.key, source, root)
         if place.is_local:
             return _read_file(place.uri, ref, reserve)
-        if not is_nameable(place.path):
-            with opening:
-                bucket, client = s3_client_of(place.scheme, place.container)
-            return _get_exactly(client, bucket, place.path, ref.etag, reserve)
         with opening:
-            store = store_of(place.scheme, place.container)
-        return _get(store, place, ref.etag, reserve)
+            bucket = bucket_of(place.scheme, place.container)
+        return bucket.get(place, ref.etag, reserve)
 
     return fetch
 
 
-def _place(key: str, source: Source, root: Location) -> Location:
+def place_of(key: str, source: Source, root: Location) -> Location:
     if not source.keys_are_uris:
         # Not `joined`: a key may begin with a slash, or end with one.
         return Location(root.scheme, root.container, key if not root.is_local else f"{root.path}/{key}")
     return locate(key) if "://" in key else locate(Path(source.root, key))
 
 
-def _get(store: "ObjectStore", place: Location, etag: str | None, reserve: Reserve) -> "ReadableBuffer":
+class _Bucket:
+    """A bucket as one worker knows it: how it is reached, and a witness that it answers, an object that was read."""
+
+    def __init__(self, container: Location, options: StoreOptions) -> None:
+        self._options = options
+        self._opening = threading.Lock()
+        self._open_store = lru_cache(maxsize=2)(
+            lambda seconds: open_store(container, replace(options, store_deadline=seconds))
+        )
+        self._open_client = lru_cache(maxsize=1)(partial(open_s3_client, container, options))
+        self._witness = ""
+        self._denied = 0
+
+    def get(self, place: Location, etag: str | None, reserve: Reserve) -> _Content:
+        """All that the store announced; a body that breaks off, or comes short, is asked for again."""
+        open_object = self._opener(place, etag)
+        try:
+            with closing(patiently(open_object, place.uri, self._options)) as first:
+                # This may wait for a slow network, which no deadline includes.
+                _admit(first.size_bytes, reserve)
+                content = patiently(_reader(first, open_object), place.uri, self._options)
+        except STORE_ERRORS as error:
+            raise self._judge(error, place) from None
+        if len(content) and is_nameable(place.path):
+            self._witness = place.path
+        return content
+
+    def _opener(self, place: Location, etag: str | None) -> "Callable[[], _Opened]":
+        with self._opening:
+            if is_nameable(place.path):
+                return partial(_open, self._open_store(self._options.store_deadline), place.path, etag)
+            bucket, client = self._open_client()
+        return partial(_open_exactly, client, bucket, place.path, etag)
+
+    def _judge(self, error: Exception, place: Location) -> Exception:
+        """What a failed get of an object means: its row, or the end of the job."""
+        code = error_code(error)
+        if code == "NoSuchKey" or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
+            return BadInputError("fetch", "missing", "it is not there any more")
+        if code == "PreconditionFailed" or isinstance(error, PreconditionError):
+            return BadInputError("fetch", "changed", "it was overwritten after the source was listed")
+        if code == "InvalidObjectState":
+            return BadInputError("fetch", "unreadable", "it is archived, and must be restored first")
+        if code == "AccessDenied" and self._grants_others():
+            return BadInputError("fetch", "unreadable", "access to this object is denied")
+        problem = explain(error, place.uri)
+        if is_passing(error) and self._serves_others():
+            return BadInputError("fetch", "store", f"{problem.message}, though other objects are read")
+        return problem
+
+    def _grants_others(self) -> bool:
+        """Whether only some objects are denied; credentials that were revoked are denied all of them."""
+        if self._witness:
+            return self._serves_others()
+        with self._opening:
+            self._denied += 1
+            return self._denied < DENIED_AT_FIRST
+
+    def _serves_others(self) -> bool:
+        """Whether an object that was read before still can be."""
+        if not self._witness:
+            return False
+        seconds = min(self._options.store_deadline, WITNESS_SECONDS)
+        with self._opening:
+            store = self._open_store(seconds)
+        try:
+            store.get_range(self._witness, start=0, length=1)
+        except STORE_ERRORS as error:
+            return isinstance(error, FileNotFoundError)  # deleted meanwhile: that, too, is an answer
+        return True
+
+
+class _Opened(NamedTuple):
+    """An object whose body has not been read yet."""
+
+    size_bytes: int
+    read: Callable[[], _Content]
+    close: Callable[[], object] = lambda: None
+
+
+def _reader(first: _Opened, open_again: Callable[[], _Opened]) -> Callable[[], _Content]:
+    """A function that reads the body of `first`, and when it is called again, opens the object again."""
+    unread = [first]
+
+    def read() -> _Content:
+        with closing(unread.pop() if unread else open_again()) as opened:
+            content = opened.read()
+        if len(content) != opened.size_bytes:
+            raise ConnectionError(f"{len(content)} of {opened.size_bytes} bytes came")
+        return content
+
+    return read
+
+
+def _open(store: "ObjectStore", path: str, etag: str | None) -> _Opened:
     wanted: GetOptions = {"if_match": etag} if etag else {}
-    try:
-        answer = store.get(place.path, options=wanted)
-        _admit(answer.meta["size"], reserve)
-        return answer.bytes()
-    except STORE_ERRORS as error:
-        raise _object_error(error, place.uri) from None
+    answer = store.get(path, options=wanted)
+    return _Opened(answer.meta["size"], answer.bytes)
 
 
-def _object_error(error: Exception, uri: str) -> Exception:
-    if isinstance(error, FileNotFoundError):
-        if "NoSuchBucket" in str(error):
-            return explain(error, uri)
-        return BadInputError("fetch", "missing", "it is not there any more")
-    if isinstance(error, PreconditionError):
-        return BadInputError("fetch", "changed", "it was overwritten after the source was listed")
-    if is_denied_object(error):
-        return BadInputError("fetch", "unreadable", "access to this object is denied")
-    return explain(error, uri)
+def _open_exactly(client: Any, bucket: str, key: str, etag: str | None) -> _Opened:
+    condition = {"IfMatch": etag} if etag else {}
+    with boto3_errors():
+        answer = client.get_object(Bucket=bucket, Key=key, **condition)
+
+    def read() -> bytes:
+        with boto3_errors():
+            return bytes(answer["Body"].read())
+
+    return _Opened(answer["ContentLength"], read, answer["Body"].close)
 
 
 def _read_file(path: str, ref: ObjectRef, reserve: Reserve) -> bytes:
     try:
-        with _open_file(path, ref.key) as file:
+        with open_file(path, ref.key) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadInputError("fetch", "unreadable", "it is not a file")
@@ -133,7 +228,7 @@ def _admit(size: int, reserve: Reserve) -> None:
     reserve(size)
 
 
-def _open_file(path: str, key: str) -> FileIO:
+def open_file(path: str, key: str) -> FileIO:
     try:
         return FileIO(path, opener=_open_at_once)
     except FileNotFoundError:
@@ -151,25 +246,3 @@ def _unescaped(match: re.Match[str]) -> str:
 
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a named pipe that a manifest lists would block for ever
-
-
-def _get_exactly(client: Any, bucket: str, key: str, etag: str | None, reserve: Reserve) -> bytes:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    condition = {"IfMatch": etag} if etag else {}
-    try:
-        answer = client.get_object(Bucket=bucket, Key=key, **condition)
-        with closing(answer["Body"]) as body:
-            _admit(answer["ContentLength"], reserve)
-            return bytes(body.read())
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code == "NoSuchKey":
-            raise BadInputError("fetch", "missing", "it is not there any more") from None
-        if code == "PreconditionFailed":
-            raise BadInputError("fetch", "changed", "it was overwritten after the source was listed") from None
-        if is_denied_object(error):
-            raise BadInputError("fetch", "unreadable", "access to this object is denied") from None
-        raise explain(error, f"s3://{bucket}/{key}") from None
-    except BotoCoreError as error:
-        raise explain(error, f"s3://{bucket}/{key}") from None

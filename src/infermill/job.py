@@ -1,40 +1,53 @@
 """START HERE: a job on the driver.
 
-run()       resolve the model -> plan, or resume the plan that is there -> engine -> summary and _SUCCESS
-estimate()  the same without writing anything: count the source, predict a sample of it
+run()    resolve the model -> plan, or resume or append to the job that is there -> engine -> summary and _SUCCESS
+retry()  the rows that failed for a passing reason -> engine -> summary and _SUCCESS
 """
 
-import datetime
 import json
 import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
 import pyarrow as pa
 
-from infermill import __version__
+from infermill.changes import Changes, failed_rows
 from infermill.engines import local
-from infermill.errors import InfermillError, JobMismatchError, SourceError, StoreError, UsageError
+from infermill.errors import SourceError, StoreError, UsageError
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import Model, open_model
-from infermill.output import JOB_FILE, PLAN_FOLDER, SUCCESS_FILE, Output
-from infermill.pipeline import run_pipeline
-from infermill.plan import PlanInfo, cut, known_bytes, write_plan
-from infermill.runtimes import import_early
-from infermill.sources import canonical, list_source, rereadable
-from infermill.types import CardOptions, ObjectRef, Options, PartitionReport, Source, Summary
-from infermill.worker import Job, check_options, load_predictor, network_of, stages_of
+from infermill.output import SUCCESS_FILE, Output
+from infermill.parts import part_name
+from infermill.plan import Revision, cut
+from infermill.record import (
+    FOLDER,
+    NewPlan,
+    Record,
+    absolute,
+    append_record,
+    check_same_job,
+    create_record,
+    differing_totals,
+    fingerprint,
+    model_reference,
+    move_aside,
+    read_record,
+    totals_of,
+)
+from infermill.refresh import refresher
+from infermill.sources import list_source, rereadable
+from infermill.types import RETRYABLE, CardOptions, FailureCode, Options, PartitionReport, Summary
+from infermill.worker import Job, check_options
 
-PROBE_OBJECTS = 64
-FORMAT = 1
+NO_REVISION = Revision.write([])
+Existing = Literal["resume", "append", "overwrite"]
 Display = Callable[[Meter], AbstractContextManager[object]]
 "Shows a meter while the context is open."
 logger = logging.getLogger("infermill")
@@ -47,6 +60,7 @@ def run(
     options: Options | None = None,
     card_options: CardOptions | None = None,
     display: Display = nullcontext,
+    existing: Existing = "resume",
 ) -> Summary:
     """Predict everything in `source`, and account for every object in `output`.
 
@@ -61,6 +75,9 @@ def run(
         options: how the job is run.
         card_options: what the model card does not say, or says otherwise.
         display: shows the progress.
+        existing: what becomes of a job that is there. `resume`: it is finished. `append`: it is finished, the source
+            is listed again, what is new is added, and what has changed is predicted again. `overwrite`: it is moved
+            aside, into a folder in `output`, and the job starts anew.
 
     Raises:
         ModelError: the card or the network is wrong; raised before the first object is read.
@@ -72,97 +89,96 @@ def run(
         >>> run("photos/", "model.yaml", "out/", Options(limit=1000)).failed  # doctest: +SKIP
         0
     """
+    options, card_options = options or Options(), card_options or CardOptions()
+    if existing == "append" and options.limit is not None:
+        raise UsageError(
+            "--limit and --append do not go together: which objects are the first ones changes with the source",
+            "append without a limit, to a job that was started without one",
+        )
     started = time.monotonic()
-    options = options or Options()
-    check_options(options)
-    parse_budget(options.max_failures)
-    import_early(options.runtime)
-    resolved = open_model(model, options, card_options or CardOptions())
-    _tell_assumptions(resolved)
-    place = Output(str(output), options)
-    meter = Meter()
-    with rereadable(str(source)) as listed, display(meter):
-        fingerprint = _fingerprint(listed, resolved, options)
-        found = _read_job(place)
-        if found is None:
+    opened = _open(model, options, card_options)
+    place, meter = Output(str(output), options), Meter()
+    changes: dict[str, Any] = {}
+    with local.start(options) as run_partitions, rereadable(str(source)) as listed, display(meter):
+        driver = _Driver(place, opened, options, meter, run_partitions, started)
+        now = fingerprint(listed, opened, options)
+        record = None if existing == "overwrite" else read_record(place)
+        if record is None:
             place.probe()
-            found = _plan_job(listed, fingerprint, place, options, meter)
-        job = _checked(found, fingerprint, resolved, place, options)
-        done = place.parts()
-        reports = place.reports(done.values(), job.notes)
-        todo = [number for number in range(job.plan.partitions) if number not in done]
-        meter.todo = job.plan.objects - sum(report.ok + report.failed for report in reports)
-        if done and todo:
-            logger.info("resuming: %d of %d partitions are done", len(done), job.plan.partitions)
-        if todo:
-            reports.extend(local.run(job, todo, meter))
-    summary = _summary(job, reports, meter, time.monotonic() - started)
-    _finish(place, summary, reports)
+            kept = {"model": model_reference(model), "card_options": absolute(card_options)}
+            record = _plan(driver, listed, now, kept, existing == "overwrite")
+            changes = {"new": record.objects, "changed": 0, "unchanged": 0}
+            check_same_job(record, now, place.uri)
+            driver.finish(record)
+        elif existing == "append":
+            check_same_job(record, now, place.uri, appending=True)
+            record, changes = _append(driver, listed, now["source"], record)
+        else:
+            check_same_job(record, now, place.uri)
+            driver.finish(record)
+    summary = replace(driver.summary(record), **(changes if existing == "append" else {}))
+    if summary.planned != summary.ok + summary.failed:
+        raise StoreError(
+            f"{place.uri} accounts for {summary.ok + summary.failed} of {summary.planned} objects",
+            "parts were deleted or replaced while the job ran; run the same command again",
+        )
+    driver.declare_success(record)
     return summary
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a job would be. `seconds` and `expected_failures` are extrapolated from a sample of `probed` objects."""
-
-    objects: int
-    size_bytes: int
-    partitions: int
-    probed: int
-    objects_per_second: float
-    seconds: float
-    expected_failures: int
-    probe_failures: dict[str, int]
-    list_seconds: float
-
-
-def estimate(
-    source: str | Path,
-    model: str | Path | ModelCard,
+def retry(
+    output: str | Path,
+    model: str | Path | ModelCard | None = None,
+    codes: Sequence[str] = RETRYABLE,
     options: Options | None = None,
     card_options: CardOptions | None = None,
-) -> Estimate:
-    """Count the source and predict a random sample of 64 objects; nothing is written.
+    display: Display = nullcontext,
+) -> Summary:
+    """Predict again what failed for a reason that may pass; each new row takes the place of the old one.
+
+    Nothing else is predicted, and parts without such a failure are not touched. An object that has changed since is
+    predicted as it is now.
+
+    Args:
+        output: a folder or a URI with a job in it, finished or not.
+        model: as in `run`; None is the one that the job was started with.
+        codes: the failures that are tried again.
+        options: how it is run; `suffix`, `limit`, `decode` and `max_pixels` are those of the job.
+        card_options: None are those that the job was started with.
+        display: shows the progress.
 
     Raises:
-        ModelError, SourceError, StoreError: as `run`.
+        UsageError: there is no job, a code is not one of a failure, or `model` is None and the job was started with
+            a model card that is no file.
+        JobMismatchError: the model is not the one that it was.
+        ModelError, StoreError: as `run`.
+
+    Example:
+        >>> retry("out/", codes=["missing"]).failed  # doctest: +SKIP
+        0
     """
-    options = options or Options()
-    check_options(options)
-    resolved = open_model(model, options, card_options or CardOptions())
-    _tell_assumptions(resolved)
     started = time.monotonic()
-    sample = _Sample(PROBE_OBJECTS)
-    objects = size_bytes = partitions = 0
-    with rereadable(str(source)) as listed:
-        where, batches = list_source(listed, options.suffix, options)
-        for table in cut(batches, options.partition_objects, options.partition_bytes, options.limit):
-            partitions += 1
-            objects += table.num_rows
-            size_bytes += known_bytes(table)
-            sample.add(table)
-    if not objects:
-        raise _empty(str(source))
-    list_seconds = time.monotonic() - started
-    meter = Meter()
-    predictor, tasks = load_predictor(resolved, options, meter)
-    stages = stages_of(where, resolved, options, lambda: network_of(predictor, tasks))
-    started = time.monotonic()
-    for _ in run_pipeline([(0, sample.refs)], stages, meter):
-        pass
-    rate = len(sample.refs) / (time.monotonic() - started)
-    failed = meter.failures.total()
-    return Estimate(
-        objects=objects,
-        size_bytes=size_bytes,
-        partitions=partitions,
-        probed=len(sample.refs),
-        objects_per_second=rate,
-        seconds=objects / rate,
-        expected_failures=round(objects * failed / len(sample.refs)),
-        probe_failures=dict(meter.failures),
-        list_seconds=list_seconds,
-    )
+    unknown = sorted(set(codes) - set(get_args(FailureCode)))
+    if unknown:
+        raise UsageError(f"--codes: no failure is called {', '.join(unknown)}", f"as {', '.join(RETRYABLE)} are")
+    options, meter = options or Options(), Meter()
+    place = Output(str(output), options)
+    record = read_record(place)
+    if record is None:
+        raise UsageError(f"{place.uri} holds no job", "name the folder that `infermill run -o` wrote")
+    model = record.model if model is None else model
+    if model is None:
+        raise UsageError(f"{place.uri} does not say where its model is", "pass it with -m")
+    options = record.completed(options)
+    opened = _open(model, options, card_options or record.card_options)
+    check_same_job(record, fingerprint(None, opened, options), place.uri)
+    with local.start(options) as run_partitions, display(meter):
+        driver = _Driver(place, opened, options, meter, run_partitions, started)
+        driver.read_reports(record)
+        revision = Revision.write(_failed(driver, record, codes))
+        driver.predict(record, (), 0, revision)
+    driver.declare_success(record)
+    return replace(driver.summary(record), retried=Revision(revision).objects)
 
 
 def parse_budget(text: str | None) -> Callable[[int], float]:
@@ -182,160 +198,197 @@ def parse_budget(text: str | None) -> Callable[[int], float]:
     return (lambda planned: planned * number / 100) if text.endswith("%") else (lambda _: number)
 
 
-def _tell_assumptions(model: Model) -> None:
+def tell_assumptions(model: Model) -> None:
+    """Say what was guessed of a model."""
     for line in model.assumptions:
         logger.warning("assumed: %s", line)
 
 
-def _read_job(place: Output) -> dict[str, Any] | None:
-    content = place.read(JOB_FILE)
-    if content is None:
-        return None
-    try:
-        data: dict[str, Any] = json.loads(content)
-        if data["format"] == FORMAT:
-            Source(**data["source"]), PlanInfo(**data["plan"]), dict(data["fingerprint"])
-            return data
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise JobMismatchError(
-        f"{place.uri}/{JOB_FILE} is damaged, or not of format {FORMAT}",
-        "use the infermill that wrote it, or another output",
-    )
-
-
-def _plan_job(
-    source: str, fingerprint: dict[str, Any], place: Output, options: Options, meter: Meter
-) -> dict[str, Any]:
-    """List the source, write the plan, then the job that names it: who creates job.json first, wins."""
-    started = time.perf_counter()
-    plan_id = uuid.uuid4().hex[:12]
-    created: list[str] = []
-
-    def create(name: str, content: bytes) -> None:
-        created.append(f"{PLAN_FOLDER}/{name}")
-        place.create(created[-1], content)
-
-    def counted(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        for table in tables:
-            meter.listed += table.num_rows
-            yield table
-
-    try:
-        where, batches = list_source(source, options.suffix, options)
-        tables = cut(batches, options.partition_objects, options.partition_bytes, options.limit)
-        plan = write_plan(counted(tables), plan_id, create)
-        if not plan.objects:
-            raise _empty(source)
-    except InfermillError:
-        place.delete(created)
-        raise
-    meter.spend("list", time.perf_counter() - started)
-    job = {
-        "format": FORMAT,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "fingerprint": fingerprint,
-        "source": asdict(where),
-        "plan": asdict(plan),
-    }
-    # From here on job.json may name our plan, whatever the store says: it is deleted only when another one has won.
-    place.create(JOB_FILE, json.dumps(job, indent=1).encode())
-    winner = _read_job(place)
-    if winner is None:
-        raise StoreError(f"{place.uri}/{JOB_FILE} can neither be created nor read", "run the same command again")
-    if winner["plan"]["plan_id"] != plan_id:
-        place.delete(created)
-    return winner
-
-
-def _fingerprint(source: str, model: Model, options: Options) -> dict[str, Any]:
-    """What must be the same for two runs to be one job, flat, by the names that a refusal shows."""
-    preprocess = model.card.preprocess.model_dump(mode="json")
-    return {
-        "source": canonical(source, options),
-        "suffix": sorted(suffix.lower() for suffix in options.suffix) if options.suffix is not None else None,
-        "limit": options.limit,
-        "model": model.digest,
-        **{f"preprocess.{name}": value for name, value in preprocess.items()},
-        "decode": options.decode,
-        "max_pixels": options.max_pixels,
-        "infermill": __version__,
-    }
-
-
-def _checked(found: dict[str, Any], fingerprint: dict[str, Any], model: Model, place: Output, options: Options) -> Job:
-    differences = [
-        f"{name}: {found['fingerprint'].get(name)} -> {value}"
-        for name, value in fingerprint.items()
-        if found["fingerprint"].get(name) != value
-    ]
-    if differences:
-        raise JobMismatchError(
-            f"{place.uri} holds another job:\n  " + "\n  ".join(differences),
-            "write to another output, or repeat the job with the settings it was started with",
-        )
-    return Job(Source(**found["source"]), model, place.uri, options, PlanInfo(**found["plan"]))
-
-
-def _empty(source: str) -> SourceError:
+def empty_source(source: str) -> SourceError:
+    """The error of a source without objects."""
     return SourceError(
         f"{source} holds no objects to predict on",
         "hidden files and other suffixes than those of images are skipped; see --suffix",
     )
 
 
-def _summary(job: Job, reports: Sequence[PartitionReport], meter: Meter, seconds: float) -> Summary:
-    codes: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for report in reports:
-        codes.update(report.failures_by_code)
-        examples = dict(report.example_keys) | examples
-    return Summary(
-        planned=job.plan.objects,
-        ok=sum(report.ok for report in reports),
-        failed=codes.total(),
-        failures_by_code=dict(codes.most_common()),
-        example_keys=examples,
-        seconds=round(seconds, 3),
-        objects_per_second=round(meter.objects / seconds, 2),
-        stage_seconds={stage: round(spent, 3) for stage, spent in meter.stage_seconds.items()},
-        workers=1,
-        model_loads=meter.model_loads,
-        runtime=", ".join(sorted({report.runtime for report in reports})),
-        precision=", ".join(sorted({report.precision for report in reports})),
-        digest=job.model.digest,
-        output=job.output,
-    )
+def _open(model: str | Path | ModelCard, options: Options, card_options: CardOptions) -> Model:
+    check_options(options)
+    parse_budget(options.max_failures)
+    opened = open_model(model, options, card_options)
+    tell_assumptions(opened)
+    return opened
 
 
-def _finish(place: Output, summary: Summary, reports: Sequence[PartitionReport]) -> None:
-    """Create _SUCCESS, once, when every object of the plan is accounted for."""
-    if summary.planned != summary.ok + summary.failed:
-        raise StoreError(
-            f"{place.uri} accounts for {summary.ok + summary.failed} of {summary.planned} objects",
-            "parts were deleted or replaced while the job ran; run the same command again",
+@dataclass
+class _Driver:
+    """One command at work on a job."""
+
+    place: Output
+    model: Model
+    options: Options
+    meter: Meter
+    run_partitions: local.Run
+    started: float
+    reports: dict[int, PartitionReport] = field(default_factory=dict)
+    has_revised: bool = False
+
+    def read_reports(self, record: Record) -> None:
+        """Learn from the parts what is done. Those with other numbers may be another driver's, which has appended."""
+        found = self.place.reports(record.notes)
+        self.reports = {number: report for number, report in found.items() if number < record.partitions}
+
+    def finish(self, record: Record) -> None:
+        """Predict the partitions without a part."""
+        self.read_reports(record)
+        todo = [number for number in range(record.partitions) if number not in self.reports]
+        if self.reports and todo:
+            logger.info("resuming: %d of %d partitions are done", len(self.reports), record.partitions)
+        done = sum(report.ok + report.failed for report in self.reports.values())
+        self.predict(record, todo, record.objects - done)
+
+    def predict(self, record: Record, ids: Sequence[int], objects: int, revision: bytes = NO_REVISION) -> None:
+        """Predict partitions, which hold so many objects, and supersede the rows of a revision."""
+        revised = Revision(revision)
+        self.meter.todo = self.meter.objects + objects + revised.objects
+        if not (ids or revised.objects):
+            return
+        self.withdraw_success()
+        job = Job(record.source, self.model, self.place.uri, self.options, record.plans)
+        if not revised.objects:
+            self._run(job, ids)
+            return
+        self.has_revised = True
+        self.place.probe_update()
+        name = f"{FOLDER}/revisions/{uuid.uuid4().hex}.parquet"
+        self.place.create(name, revision)
+        try:
+            self._run(replace(job, revision=name), [*ids, *revised.partitions])
+        finally:
+            self.place.delete([name])
+
+    def _run(self, job: Job, ids: Sequence[int]) -> None:
+        for report in self.run_partitions(job, ids, self.meter):
+            self.reports[report.partition] = report
+
+    def summary(self, record: Record) -> Summary:
+        """What is known of the job by now."""
+        codes: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        reports = [self.reports[number] for number in sorted(self.reports)]
+        for report in reports:
+            codes.update(report.failures_by_code)
+            examples = dict(report.example_keys) | examples
+        seconds = time.monotonic() - self.started
+        return Summary(
+            planned=record.objects,
+            ok=sum(report.ok for report in reports),
+            failed=codes.total(),
+            failures_by_code=dict(codes.most_common()),
+            example_keys=examples,
+            seconds=round(seconds, 3),
+            objects_per_second=round(self.meter.objects / seconds, 2),
+            stage_seconds={stage: round(spent, 3) for stage, spent in self.meter.stage_seconds.items()},
+            workers=self.options.workers,
+            model_loads=self.meter.model_loads,
+            halved_batches=self.meter.halved_batches,
+            runtime=_all_of(report.runtime for report in reports),
+            precision=_all_of(report.precision for report in reports),
+            digest=self.model.digest,
+            output=self.place.uri,
         )
-    counts = {report.partition: [report.ok, report.failed] for report in reports}
-    parts = [[number, *counts[number]] for number in sorted(counts)]
-    content = summary.as_json() | {"parts": parts}
-    place.create(SUCCESS_FILE, json.dumps(content).encode())
+
+    def withdraw_success(self) -> None:
+        """Say no more that the job is finished."""
+        if self.place.read(SUCCESS_FILE) is not None:
+            self.place.remove([SUCCESS_FILE])
+
+    def declare_success(self, record: Record) -> None:
+        """Leave a _SUCCESS with the totals, if every object of the plan is accounted for."""
+        current = self.place.read(SUCCESS_FILE)
+        if not self.has_revised and len(self.reports) == record.partitions:
+            content = self._success(record)
+            if current is None and self.place.create(SUCCESS_FILE, json.dumps(content).encode()):
+                return
+            if current is not None and not differing_totals(current, content):
+                return
+        self.place.update(SUCCESS_FILE, self._corrected_success)
+
+    def _corrected_success(self, current: bytes | None) -> bytes | None:
+        # Others may have appended and superseded rows meanwhile: what holds is the record and the parts.
+        record = read_record(self.place)
+        if record is None:
+            return None
+        self.read_reports(record)
+        content = self._success(record)
+        is_current = current is not None and not differing_totals(current, content)
+        if len(self.reports) != record.partitions or is_current:
+            return None
+        return json.dumps(content).encode()
+
+    def _success(self, record: Record) -> dict[str, Any]:
+        return self.summary(record).as_json() | totals_of(record.objects, self.reports)
 
 
-class _Sample:
-    """A uniform sample of a stream of unknown length, the same at every call: the refs that drew the lowest numbers."""
+def _plan(driver: _Driver, source: str, now: Mapping[str, Any], kept: Mapping[str, Any], overwrite: bool) -> Record:
+    """List the source, write the plan, then the record that names it: who creates that first, wins."""
+    started = time.perf_counter()
+    options = driver.options
+    where, batches = list_source(source, options.suffix, options)
+    tables = cut(_counted(batches, driver.meter), options.partition_objects, options.partition_bytes, options.limit)
+    plan = NewPlan(driver.place, tables)
+    driver.meter.spend("list", time.perf_counter() - started)
+    if not plan.info.objects:
+        raise empty_source(source)
+    if overwrite:
+        folder = move_aside(driver.place, plan.files)
+        if folder is not None:
+            logger.info("the old job lies in %s/%s", driver.place.uri, folder)
+    return create_record(driver.place, plan, Record(now, where, (plan.info,), **kept))
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._random = np.random.default_rng(0)
-        self._drawn: list[tuple[float, ObjectRef]] = []
 
-    def add(self, table: pa.Table) -> None:
-        numbers = self._random.random(table.num_rows)
-        best = np.argsort(numbers)[: self._size]
-        rows = zip(*(table.take(best)[name].to_pylist() for name in ("key", "size", "etag")), strict=True)
-        drawn = [(float(number), ObjectRef(*row)) for number, row in zip(numbers[best], rows, strict=True)]
-        self._drawn = sorted([*self._drawn, *drawn], key=lambda pair: pair[0])[: self._size]
+def _append(driver: _Driver, source: str, named: str, record: Record) -> tuple[Record, dict[str, Any]]:
+    """Finish the job, list the source again, plan what is new, and predict that and what has changed."""
+    place, options = driver.place, driver.options
+    while True:
+        driver.finish(record)
+        started = time.perf_counter()
+        driver.meter.todo = None
+        parts = {number: name for number, name in place.parts().items() if number in driver.reports}
+        changes = Changes(place, parts)
+        _, batches = list_source(source, options.suffix, options)
+        tables = cut(
+            changes.new_ones(_counted(batches, driver.meter)),
+            options.partition_objects,
+            options.partition_bytes,
+            limit=None,
+            first=record.partitions,
+        )
+        plan = NewPlan(place, tables, record.partitions)
+        driver.meter.spend("list", time.perf_counter() - started)
+        if changes.new:
+            driver.withdraw_success()
+            record = append_record(place, plan, record, named)
+            if plan.info not in record.plans:
+                continue  # another driver has appended; what it has planned is not new any more
+        ids = range(plan.info.first, plan.info.end)
+        driver.predict(record, ids, changes.new, Revision.write(changes.revised()))
+        return record, {"new": changes.new, "changed": changes.changed, "unchanged": changes.unchanged}
 
-    @property
-    def refs(self) -> list[ObjectRef]:
-        return [ref for _, ref in self._drawn]
+
+def _failed(driver: _Driver, record: Record, codes: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    """The rows to retry, by partition, with the sizes and etags that the objects have now."""
+    refreshed = refresher(record.source, driver.options)
+    for number, report in sorted(driver.reports.items()):
+        if not report.failures_by_code.keys().isdisjoint(codes):
+            yield number, refreshed(failed_rows(driver.place, part_name(number), codes))
+
+
+def _counted(batches: Iterable[pa.RecordBatch], meter: Meter) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        meter.listed += batch.num_rows
+        yield batch
+
+
+def _all_of(names: Iterable[str]) -> str:
+    return ", ".join(sorted({one for name in names for one in name.split(", ")}))

@@ -1,40 +1,44 @@
 """Rows -> parts, with the protocol that makes each row visible exactly once.
 
-Everything is created once and never changed: `_infermill/plan/…`, `_infermill/job.json`, `part-NNNNN.parquet`
-and `_SUCCESS`. The first writer wins, whole or not at all; who comes second adopts what is there.
+Everything is created once: `_infermill/plan/…`, `_infermill/job.json`, `part-NNNNN.parquet` and `_SUCCESS`. The
+first writer wins, whole or not at all; who comes second adopts what is there. A part some of whose rows are
+superseded, and `_SUCCESS` after that, are replaced: as a whole, and only as they were read.
 """
 
 import errno
-import json
+import fcntl
 import os
-import random
 import re
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from infermill.errors import JobMismatchError, StoreError, UsageError
+from infermill.errors import StoreError, UsageError
+from infermill.parts import claimed_report, part_content, part_name, revised_report
+from infermill.patience import Patience, is_passing, patiently
 from infermill.stores import STORE_ERRORS, Location, explain, is_nameable, locate, open_reader, open_store
-from infermill.types import Failure, ObjectRef, PartitionReport, StoreOptions
+from infermill.types import PartitionReport, StoreOptions
+
+if TYPE_CHECKING:
+    from io import BufferedReader
+
+    from obstore import ObjectMeta, UpdateVersion
 
 JOB_FILE = "_infermill/job.json"
 PLAN_FOLDER = "_infermill/plan"
 SUCCESS_FILE = "_SUCCESS"
-ERROR_TYPE = pa.struct([("stage", pa.string()), ("code", pa.string()), ("message", pa.string())])
+LOCK_FILE = "_infermill/lock"
 _PART = re.compile(r"part-(\d{5,})\.parquet")
-_REPORT_KEY = "infermill.report"
-_WRITE_ID_KEY = "infermill.write_id"
-_CONFLICTS = 10
+Taken = TypeVar("Taken")
 
 
 class Output:
@@ -50,6 +54,7 @@ class Output:
                 f"cannot write to {uri!r}: it has a control character, or an empty, `.` or `..` segment",
                 "choose another prefix",
             )
+        self._options = options
         self._store = open_store(self._base, options)
 
     @property
@@ -62,8 +67,10 @@ class Output:
         try:
             if place.is_local:
                 return _create_locally(Path(place.uri), content)
-            self._store.put(place.path, content, mode="create")
-        except (AlreadyExistsError, FileExistsError):
+            patiently(lambda: self._store.put(place.path, content, mode="create"), place.uri, self._options)
+        except (AlreadyExistsError, FileExistsError) as error:
+            if is_passing(error):  # a conflict with another put, to the end
+                raise _as_store_error(error, place.uri) from None
             return False
         except STORE_ERRORS as error:
             raise _as_store_error(error, place.uri) from None
@@ -75,11 +82,18 @@ class Output:
         try:
             if place.is_local:
                 return Path(place.uri).read_bytes()
-            return bytes(self._store.get(place.path).bytes())
+            return patiently(lambda: self._read_whole(place.path)[0], place.uri, self._options)
         except FileNotFoundError:
             return None
         except STORE_ERRORS as error:
             raise _as_store_error(error, place.uri) from None
+
+    def _read_whole(self, path: str) -> "tuple[bytes, ObjectMeta]":
+        answer = self._store.get(path)
+        content = bytes(answer.bytes())
+        if len(content) != answer.meta["size"]:
+            raise ConnectionError(f"{len(content)} of {answer.meta['size']} bytes came")
+        return content, answer.meta
 
     def read_existing(self, name: str) -> bytes:
         """The content of a file that must be there.
@@ -93,14 +107,110 @@ class Output:
         return content
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete files; those that are gone already do not matter."""
+        """Delete files that do no harm where they stay; those that are gone already do not matter."""
         for name in names:
             place = self._base.joined(name)
-            with suppress(*STORE_ERRORS):
+            try:
                 if place.is_local:
-                    Path(place.uri).unlink()
+                    Path(place.uri).unlink(missing_ok=True)
                 else:
                     self._store.delete(place.path)
+            except FileNotFoundError:
+                continue
+            except STORE_ERRORS:
+                return  # or each of them would wait for a store that is down
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files that must not stay; those that are gone already do not matter."""
+        for name in names:
+            place = self._base.joined(name)
+            try:
+                if place.is_local:
+                    Path(place.uri).unlink(missing_ok=True)
+                else:
+                    patiently(lambda: self._store.delete(place.path), place.uri, self._options)  # noqa: B023
+            except FileNotFoundError:
+                continue
+            except STORE_ERRORS as error:
+                raise _as_store_error(error, place.uri) from None
+
+    def move(self, names: Iterable[str], folder: str) -> None:
+        """Move files into a folder below the output, in any order; on object stores, copy and delete."""
+        with ThreadPoolExecutor(16) as pool:
+            for _ in pool.map(lambda name: self._move(name, f"{folder}/{name}"), names):
+                pass
+
+    def _move(self, name: str, to: str) -> None:
+        place, target = self._base.joined(name), self._base.joined(to)
+        try:
+            if place.is_local:
+                Path(target.uri).parent.mkdir(parents=True, exist_ok=True)
+                Path(place.uri).replace(target.uri)
+            else:
+                patiently(lambda: self._store.copy(place.path, target.path), place.uri, self._options)
+                self.remove([name])
+        except STORE_ERRORS as error:
+            raise _as_store_error(error, place.uri) from None
+
+    def update(self, name: str, revise: Callable[[bytes | None], bytes | None]) -> None:
+        """Replace a file by what `revise` makes of it, as if in one step; None leaves it as it is.
+
+        Args:
+            name: of the file.
+            revise: gets the content, None where there is no such file; called again with the new content where
+                somebody else wrote the file meanwhile.
+        """
+        attempt = self._update_locally if self._base.is_local else self._update_remotely
+        patience = Patience(self._options.store_deadline)
+        while not attempt(name, revise):
+            if not patience.pause():
+                raise StoreError(f"{self.uri}/{name} is written by others all the time", "run the same command again")
+
+    def _update_locally(self, name: str, revise: Callable[[bytes | None], bytes | None]) -> bool:
+        path, lock = Path(self._base.joined(name).uri), Path(self._base.joined(LOCK_FILE).uri)
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with lock.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                content = self.read(name)
+                revised = revise(content)
+                if revised is None:
+                    return True
+                if content is None:
+                    return self.create(name, revised)
+                with _private_file(path, revised) as private:
+                    private.replace(path)
+        except OSError as error:
+            raise _as_store_error(error, str(path)) from None
+        return True
+
+    def _update_remotely(self, name: str, revise: Callable[[bytes | None], bytes | None]) -> bool:
+        place = self._base.joined(name)
+        try:
+            content, version = patiently(lambda: self._read_version(place.path), place.uri, self._options)
+            revised = revise(content)
+            if revised is None:
+                return True
+            if content is None:
+                return self.create(name, revised)
+            patiently(lambda: self._store.put(place.path, revised, mode=version), place.uri, self._options)
+        except (PreconditionError, FileNotFoundError):
+            return False
+        except STORE_ERRORS as error:
+            raise _as_store_error(error, place.uri) from None
+        return True
+
+    def _read_version(self, path: str) -> "tuple[bytes | None, UpdateVersion]":
+        try:
+            content, meta = self._read_whole(path)
+        except FileNotFoundError:
+            return None, {}
+        version: UpdateVersion = {}
+        if meta["e_tag"] is not None:
+            version["e_tag"] = meta["e_tag"]
+        if meta["version"] is not None:
+            version["version"] = meta["version"]
+        return content, version
 
     def names(self, folder: str = "") -> list[str]:
         """The names directly below the output, or below a folder in it."""
@@ -109,7 +219,7 @@ class Output:
             if place.is_local:
                 with os.scandir(place.uri) as entries:
                     return [entry.name for entry in entries if entry.is_file()]
-            listing = obstore.list_with_delimiter(self._store, place.path)
+            listing = patiently(lambda: obstore.list_with_delimiter(self._store, place.path), place.uri, self._options)
         except FileNotFoundError:
             return []
         except STORE_ERRORS as error:
@@ -140,6 +250,31 @@ class Output:
                 "write to a store that does: a local folder, Amazon S3, Google Cloud Storage, Azure, MinIO",
             )
 
+    def probe_update(self) -> None:
+        """Prove that a file which was written meanwhile is not replaced.
+
+        Raises:
+            StoreError: the store ignores the condition, so that two drivers could undo each other's work.
+        """
+        if self._base.is_local:
+            return
+        name = f"_infermill/probe-{uuid.uuid4().hex}"
+        place = self._base.joined(name)
+
+        def revise(content: bytes | None) -> bytes:
+            self._store.put(place.path, b"2")
+            return b"3"
+
+        self.create(name, b"1")
+        try:
+            if self._update_remotely(name, revise):
+                raise StoreError(
+                    f"the store of {self.uri} does not honour conditional replacement (If-Match)",
+                    "rows cannot be superseded there; copy the output to a store that does, or start anew",
+                )
+        finally:
+            self.delete([name])
+
     def create_part(
         self, partition: int, table: pa.Table, report: PartitionReport, notes: Mapping[str, str]
     ) -> PartitionReport:
@@ -149,46 +284,121 @@ class Output:
         is read back from its footer. Both hold the same keys, since these come from the plan.
         """
         name = part_name(partition)
-        metadata = {f"infermill.{key}": value for key, value in notes.items()}
-        metadata[_WRITE_ID_KEY] = uuid.uuid4().hex
-        metadata[_REPORT_KEY] = json.dumps(asdict(report))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-        content = sink.getvalue().to_pybytes()
-        for _ in range(_CONFLICTS):
+        content = part_content(table, report, notes)
+        patience = Patience(self._options.store_deadline)
+        while True:
             if self.create(name, content):
                 return report
-            # "Already exists" may also be a 409, a conflict with a put under way that may yet fail.
+            # What exists may be gone again, and some stores say so of a put under way that may yet fail.
             winner = self._report(name, notes)
             if winner is not None:
                 return winner
-            time.sleep(random.uniform(0.1, 1.0))  # noqa: S311
-        raise StoreError(f"{self.uri}/{name} can neither be created nor read", "run the same command again")
+            if not patience.pause():
+                problem = f"{self.uri}/{name} can neither be created nor read"
+                raise StoreError(problem, "run the same command again")
 
-    def reports(self, names: Iterable[str], notes: Mapping[str, str]) -> list[PartitionReport]:
-        """What the parts say of themselves, from their footers.
+    def revise_part(
+        self, partition: int, rows: Sequence[int], table: pa.Table, report: PartitionReport, notes: Mapping[str, str]
+    ) -> PartitionReport:
+        """Supersede rows of a part, which is replaced as a whole, and return the report of the new part.
+
+        Args:
+            partition: its number.
+            rows: the numbers of the rows in the part, ascending.
+            table: the new rows, as many.
+            report: of the new rows.
+            notes: what the part must have been written with.
+
+        Raises:
+            JobMismatchError: the part was not written with the same notes.
+        """
+        name = part_name(partition)
+        revised = report
+
+        def revise(content: bytes | None) -> bytes:
+            nonlocal revised
+            if content is None:
+                raise StoreError(f"{self.uri}/{name} is gone", "`infermill run` with the same arguments restores it")
+            whole, previous = self._part_of(name, content, notes)
+            order = np.arange(whole.num_rows)
+            order[rows] = whole.num_rows + np.arange(table.num_rows)
+            whole = pa.concat_tables([whole, table]).combine_chunks().take(order)
+            revised = revised_report(whole, previous, report)
+            return part_content(whole, revised, notes)
+
+        self.update(name, revise)
+        return revised
+
+    def _part_of(self, name: str, content: bytes, notes: Mapping[str, str]) -> tuple[pa.Table, PartitionReport]:
+        uri = self._base.joined(name).uri
+        try:
+            file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+            report = claimed_report(file.metadata.metadata or {}, notes, uri)
+            return file.read(use_threads=False).replace_schema_metadata(None), report
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StoreError(f"{uri} is damaged: {error}", "delete it; the same command writes it anew") from None
+
+    def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a part, without reading the others."""
+        return self._from(name, lambda file: pq.ParquetFile(file).read(list(columns), use_threads=False))
+
+    def row_group_sizes(self, name: str) -> list[int]:
+        """How many rows each row group of a Parquet file has.
+
+        Raises:
+            StoreError: it is not there, or it is damaged.
+        """
+        metadata = self._from(name, pq.read_metadata)
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def _from(self, name: str, take: "Callable[[BufferedReader], Taken]") -> Taken:
+        place = self._base.joined(name)
+
+        def read() -> Taken:
+            with open_reader(place, self._store) as file:
+                return take(file)
+
+        try:
+            return patiently(read, place.uri, self._options)
+        except STORE_ERRORS as error:
+            raise _as_store_error(error, place.uri) from None
+        except ValueError as error:
+            raise StoreError(f"{place.uri} is damaged: {error}", "`infermill verify` says what else is") from None
+
+    def reports(self, notes: Mapping[str, str]) -> dict[int, PartitionReport]:
+        """What all parts that are there say of themselves.
 
         Raises:
             JobMismatchError: a part was not written with the same notes.
+            StoreError: a part has the name of another one.
         """
+        parts = self.parts()
         with ThreadPoolExecutor(16) as pool:
-            return [report for report in pool.map(lambda name: self._report(name, notes), names) if report is not None]
+            found = list(pool.map(lambda name: self._report(name, notes), parts.values()))
+        reports = {number: report for number, report in zip(parts, found, strict=True) if report is not None}
+        for number, report in reports.items():
+            if report.partition != number:
+                raise StoreError(
+                    f"{self.uri}/{parts[number]} holds partition {report.partition}, under the name of another",
+                    "move it out of the way; `infermill verify` says what else is wrong",
+                )
+        return reports
 
     def _report(self, name: str, notes: Mapping[str, str]) -> PartitionReport | None:
         place = self._base.joined(name)
         try:
-            with open_reader(place, self._store) as file:
-                metadata = pq.read_metadata(file).metadata or {}
-            for note, value in notes.items():
-                if metadata[f"infermill.{note}".encode()] != value.encode():
-                    raise JobMismatchError(f"{place.uri} belongs to another job", "move it out of the way")
-            return PartitionReport(**json.loads(metadata[_REPORT_KEY.encode()]))
+            metadata = patiently(lambda: self._metadata(place), place.uri, self._options)
+            return claimed_report(metadata, notes, place.uri)
         except FileNotFoundError:
             return None
         except STORE_ERRORS as error:
             raise _as_store_error(error, place.uri) from None
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"infermill did not write {place.uri}: {error}", "move it out of the way") from None
+
+    def _metadata(self, place: Location) -> dict[bytes, bytes]:
+        with open_reader(place, self._store) as file:
+            return pq.read_metadata(file).metadata or {}
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows, part by part in the order of the plan."""
@@ -198,26 +408,6 @@ class Output:
                 # Not `pq.read_table`: its threads may hold `content` until after the interpreter has ended, and abort.
                 part = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
                 yield part.replace_schema_metadata(None)
-
-
-def part_name(partition: int) -> str:
-    return f"part-{partition:05d}.parquet"
-
-
-def rows_table(
-    refs: Sequence[ObjectRef], columns: "Mapping[str, pa.Array[Any]]", failures: Mapping[int, Failure]
-) -> pa.Table:
-    """The rows of a partition: key, etag, size, the task's columns and error (null where there is a prediction)."""
-    errors = [None if row not in failures else asdict(failures[row]) for row in range(len(refs))]
-    return pa.table(
-        {
-            "key": pa.array([ref.key for ref in refs], pa.string()),
-            "etag": pa.array([ref.etag for ref in refs], pa.string()),
-            "size": pa.array([None if ref.size < 0 else ref.size for ref in refs], pa.int64()),
-            **columns,
-            "error": pa.array(errors, ERROR_TYPE),
-        }
-    )
 
 
 def read(output: str | os.PathLike[str], options: StoreOptions | None = None) -> pa.Table:
@@ -259,19 +449,26 @@ def _create_locally(path: Path, content: bytes) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    with _private_file(path, content) as private:
+        try:
+            os.link(private, path)
+        except PermissionError:  # the private file was written, so that it is not this
+            raise OSError(errno.ENOTSUP, "the file system does not support hard links") from None
+    return True
+
+
+@contextmanager
+def _private_file(path: Path, content: bytes) -> Iterator[Path]:
+    """A durable file beside `path`, for as long as the context lasts."""
     private = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         with private.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(private, path)
-        except PermissionError:  # the private file was written, so that it is not this
-            raise OSError(errno.ENOTSUP, "the file system does not support hard links") from None
+        yield private
     finally:
         private.unlink(missing_ok=True)
-    return True
 
 
 def _as_store_error(error: Exception, uri: str) -> StoreError:

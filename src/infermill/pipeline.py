@@ -1,28 +1,32 @@
 """fetch ∥ decode ∥ predict: the hot path.
 
-    refs ─► fetch threads ─► decode threads ─► predict threads ─► finished partitions
-            bytes in flight   bounded queue      assemble a batch,
-            are bounded       of images          run the network
+    refs ─► fetch threads ─► fetched ─► compute threads, about one a core ─► finished partitions
+            bytes in flight             each decodes until there are a few batches,
+            are bounded                 and then runs the network until there are none
 
-Fetching and decoding begin while the network is being loaded. All stages run at once, over one endless stream of
-inputs: a batch may hold images of two partitions, so that nothing drains where one partition ends. An input that cannot
-be predicted becomes a failure at one place, `_guarded`; any other exception stops the pipeline and is raised to the
-caller.
+Fetching and decoding begin while the network is being loaded. All of it runs at once, over one endless stream of
+inputs: a batch may hold images of two partitions, so that nothing drains where one partition ends. Decoding and the
+network share their threads: with threads of their own they took each other's core, and its caches, in the middle of a
+batch. An input that cannot be predicted becomes a failure at one place, `_guarded`; any other exception stops the
+pipeline and is raised to the caller.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infermill.errors import BadInputError, ModelError
+from infermill.leases import ByteBudget, Lease
 from infermill.meter import Meter
-from infermill.types import Failure, ObjectRef
+from infermill.types import Failure, ObjectRef, Stage
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -30,13 +34,22 @@ if TYPE_CHECKING:
 Image = NDArray[np.uint8]
 Arrays = tuple[NDArray[np.generic], ...]
 Made = TypeVar("Made")
-Item = TypeVar("Item")
 MAX_BYTES_IN_FLIGHT = 64 << 20
 # Partitions that are read and not yet taken by the caller: a slow caller, or one slow object, slows the rest down.
 OPEN_PARTITIONS = 16
+# Decoding and the network displace each other from the caches of a core: so each goes on for a while.
+BATCHES_IN_A_ROW = 4
 _POLL_SECONDS = 0.1
 # A thread inside a read or the network cannot be interrupted; they are daemons, and are left behind.
 _JOIN_SECONDS = 1.0
+
+
+class Share(NamedTuple):
+    """A partition as a worker gets it: its refs, and the rows that are known to fail."""
+
+    partition: int
+    refs: Sequence[ObjectRef]
+    verdicts: Mapping[int, Failure] = {}
 
 
 @dataclass(slots=True)
@@ -73,13 +86,25 @@ class PartitionRows:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A loaded network: `threads` threads call `predict` with batches of up to `batch_size` images."""
+    """A loaded network: up to `streams` threads at once call `predict` with batches of up to `batch_size` images."""
 
     predict: Callable[[Image], Arrays]
+    "Raises MemoryError where there is no memory for a batch of this length."
     finish: Callable[[Arrays], tuple[Arrays, NDArray[np.bool_]]]
     "What is kept of each row, and which rows are finite."
-    threads: int
+    streams: int
     batch_size: int
+    is_on_cores: bool = True
+    "It computes on the cores that decode, and not on a device of its own."
+
+
+Watch = Callable[[Literal["decode", "predict"], Sequence[tuple[int, int]]], AbstractContextManager[None]]
+"Is told, by the thread that does it, which (partition, row) are decoded or predicted while the context is open."
+
+
+def unwatched(_stage: Literal["decode", "predict"], _rows: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
+    """A `Watch` that looks away."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +115,10 @@ class Stages:
     decode: "Callable[[ReadableBuffer], Image]"
     load: Callable[[], Network]
     fetch_threads: int
-    decode_threads: int
+    compute_threads: int
     decoded_images: int
     "How many images may wait for the network."
+    watch: Watch = unwatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +130,28 @@ class _Input:
     def ref(self) -> ObjectRef:
         return self.rows.refs[self.row]
 
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.rows.partition, self.row
 
-def run_pipeline(
-    partitions: Iterable[tuple[int, Sequence[ObjectRef]]], stages: Stages, meter: Meter
-) -> Generator[PartitionRows]:
+
+class _Fetched(NamedTuple):
+    item: _Input
+    data: "ReadableBuffer"
+    lease: Lease
+
+
+class _Decoded(NamedTuple):
+    item: _Input
+    image: Image
+
+
+def run_pipeline(shares: Iterable[Share], stages: Stages, meter: Meter) -> Generator[PartitionRows]:
     """Predict every ref of every partition, and yield each partition when its last row is settled.
 
     Partitions are read lazily, and finish in about the order in which they come.
     """
-    pipeline = _Pipeline(partitions, stages, meter)
+    pipeline = _Pipeline(shares, stages, meter)
     try:
         pipeline.start()
         yield from pipeline.finished()
@@ -125,38 +164,41 @@ class _StoppedError(Exception):
 
 
 class _Pipeline:
-    def __init__(self, partitions: Iterable[tuple[int, Sequence[ObjectRef]]], stages: Stages, meter: Meter) -> None:
+    def __init__(self, shares: Iterable[Share], stages: Stages, meter: Meter) -> None:
         self._stages = stages
         self._meter = meter
-        self._inputs = self._read(partitions)
-        self._room = threading.Semaphore(OPEN_PARTITIONS)
+        self._inputs = self._read(shares)
         self._inputs_lock = threading.Lock()
-        self._budget = _ByteBudget(MAX_BYTES_IN_FLIGHT)
-        self._fetched: queue.Queue[tuple[_Input, ReadableBuffer, _Lease] | None] = queue.Queue(4 * stages.fetch_threads)
-        self._decoded: queue.Queue[tuple[_Input, Image] | None] = queue.Queue(stages.decoded_images)
+        self._open_partitions = threading.Semaphore(OPEN_PARTITIONS)
+        self._budget = ByteBudget(MAX_BYTES_IN_FLIGHT)
+        self._lock = threading.Lock()
+        # All below is held under the lock; the conditions are its waiting rooms, for fetch and for compute threads.
+        self._room, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._network: Network | None = None
+        self._batch_size = 0
+        self._fetched: deque[_Fetched] = deque()
+        self._decoded: deque[_Decoded] = deque()
+        self._fetching, self._decoding, self._predicting = stages.fetch_threads, 0, 0
         self._finished: queue.Queue[PartitionRows | BaseException | None] = queue.Queue()
-        self._batch_lock = threading.Lock()
-        self._rows_lock = threading.Lock()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         stages = self._stages
-        fetched = _Countdown(stages.fetch_threads, lambda: self._put(self._fetched, None))
-        decoded = _Countdown(stages.decode_threads, lambda: self._put(self._decoded, None))
-        self._start_threads("fetch", stages.fetch_threads, self._fetch_loop, fetched)
-        self._start_threads("decode", stages.decode_threads, self._decode_loop, decoded)
+        self._start_threads("fetch", stages.fetch_threads, self._fetch_loop)
+        self._start_threads("compute", stages.compute_threads, self._compute_loop)
         network = stages.load()
         # As many partitions of one object can be stuck in batches that are not full.
-        self._room.release(network.threads * network.batch_size)
-        predicted = _Countdown(network.threads, lambda: self._finished.put(None))
-        self._start_threads("predict", network.threads, lambda: self._predict_loop(network), predicted)
+        self._open_partitions.release(network.streams * network.batch_size)
+        with self._lock:
+            self._network, self._batch_size = network, network.batch_size
+            self._work.notify_all()
+        if not network.is_on_cores:
+            self._start_threads("compute", network.streams, self._compute_loop)
 
-    def _start_threads(self, stage: str, count: int, loop: Callable[[], None], countdown: "_Countdown") -> None:
-        self._meter.threads[stage] = count
-        for number in range(count):
-            name = f"{stage}-{number}"
-            thread = threading.Thread(target=self._run, args=(loop, countdown), name=name, daemon=True)
+    def _start_threads(self, kind: str, count: int, loop: Callable[[], None]) -> None:
+        for _ in range(count):
+            thread = threading.Thread(target=self._run, args=(loop,), name=f"{kind}-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -170,101 +212,180 @@ class _Pipeline:
                 return
             if isinstance(item, BaseException):
                 raise item
-            self._room.release()
+            self._open_partitions.release()
             yield item
 
     def stop(self) -> None:
-        self._stopping.set()
-        self._budget.stop()
+        self._stop_threads()
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             thread.join(timeout=max(deadline - time.monotonic(), 0))
 
-    def _run(self, loop: Callable[[], None], countdown: "_Countdown") -> None:
+    def _stop_threads(self) -> None:
+        self._stopping.set()
+        self._budget.stop()
+        with self._lock:
+            self._room.notify_all()
+            self._work.notify_all()
+
+    def _run(self, loop: Callable[[], None]) -> None:
         try:
             loop()
-            countdown.done()
         except _StoppedError:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again by `finished`, in the caller's thread
-            self._stopping.set()
-            self._budget.stop()
+            self._stop_threads()
             self._finished.put(error)
 
-    def _read(self, partitions: Iterable[tuple[int, Sequence[ObjectRef]]]) -> Iterator[_Input]:
-        for partition, refs in partitions:
-            while not self._room.acquire(timeout=_POLL_SECONDS):
+    def _read(self, shares: Iterable[Share]) -> Iterator[_Input]:
+        for partition, refs, verdicts in shares:
+            while not self._open_partitions.acquire(timeout=_POLL_SECONDS):
                 if self._stopping.is_set():
                     raise _StoppedError
             rows = PartitionRows(partition, refs)
             for row in range(len(refs)):
-                yield _Input(rows, row)
+                if row in verdicts:
+                    self._fail(_Input(rows, row), verdicts[row])
+                else:
+                    yield _Input(rows, row)
 
     def _fetch_loop(self) -> None:
         while not self._stopping.is_set():
             with self._inputs_lock:
                 item = next(self._inputs, None)
             if item is None:
-                return
-            lease = _Lease(self._budget)
+                break
+            lease = Lease(self._budget)
             data = self._guarded("fetch", item, lambda: self._stages.fetch(item.ref, lease.take))  # noqa: B023
             self._meter.spend("fetch", -lease.waited_seconds)
             if data is None:
                 lease.give_back()
             else:
                 self._meter.fetched(lease.size_bytes)
-                self._put(self._fetched, (item, data, lease))
+                self._hand_over(_Fetched(item, data, lease))
                 del data  # or the next wait holds it beyond its lease
+        with self._lock:
+            self._fetching -= 1
+            self._work.notify_all()
 
-    def _decode_loop(self) -> None:
-        while (work := self._take(self._fetched)) is not None:
-            item, data, lease = work
-            image = self._guarded("decode", item, lambda: self._stages.decode(data))  # noqa: B023
-            del data, work
-            lease.give_back()
+    def _hand_over(self, fetched: _Fetched) -> None:
+        with self._lock:
+            while len(self._fetched) >= 4 * self._stages.fetch_threads and not self._stopping.is_set():
+                self._room.wait()
+            self._fetched.append(fetched)
+            self._work.notify()
+
+    def _compute_loop(self) -> None:
+        work: _Fetched | list[_Decoded] | None = []
+        while (work := self._next_work(was_predicting=isinstance(work, list))) is not None:
+            if isinstance(work, list):
+                self._predict(work)
+            else:
+                self._decode(*work)
+
+    def _next_work(self, *, was_predicting: bool) -> _Fetched | list[_Decoded] | None:
+        """What is most worth doing: a batch to predict or an object to decode; None at the end of all."""
+        with self._lock:
+            while not self._stopping.is_set():
+                can_predict = self._can_predict()
+                if can_predict and (was_predicting or len(self._decoded) >= self._enough()):
+                    return self._take_batch()
+                if self._fetched and len(self._decoded) + self._decoding < self._max_decoded():
+                    self._decoding += 1
+                    self._room.notify()
+                    return self._fetched.popleft()
+                if can_predict:
+                    return self._take_batch()
+                if self._is_all_decoded() and not self._decoded and self._network is not None:
+                    if self._predicting == 0:
+                        self._finished.put(None)
+                    return None
+                started = time.perf_counter()
+                self._work.wait()
+                self._meter.spend("idle", time.perf_counter() - started)
+        raise _StoppedError
+
+    def _can_predict(self) -> bool:
+        if self._network is None or self._predicting == self._network.streams or not self._decoded:
+            return False
+        return len(self._decoded) >= self._batch_size or self._is_all_decoded()
+
+    def _enough(self) -> int:
+        """Decoded images for which a thread turns from decoding to the network."""
+        on_cores = self._network is not None and self._network.is_on_cores
+        return self._batch_size * (BATCHES_IN_A_ROW if on_cores else 1)
+
+    def _max_decoded(self) -> int:
+        return max(self._stages.decoded_images, self._enough())
+
+    def _is_all_decoded(self) -> bool:
+        return not (self._fetching or self._fetched or self._decoding)
+
+    def _take_batch(self) -> list[_Decoded]:
+        self._predicting += 1
+        self._work.notify()  # for there is room to decode
+        return [self._decoded.popleft() for _ in range(min(self._batch_size, len(self._decoded)))]
+
+    def _decode(self, item: _Input, data: "ReadableBuffer", lease: Lease) -> None:
+        with self._stages.watch("decode", (item.place,)):
+            image = self._guarded("decode", item, lambda: self._stages.decode(data))
+        lease.give_back()
+        with self._lock:
+            self._decoding -= 1
             if image is not None:
-                self._put(self._decoded, (item, image))
+                self._decoded.append(_Decoded(item, image))
+            if self._is_all_decoded():
+                self._work.notify_all()
+            else:
+                self._work.notify()
 
-    def _predict_loop(self, network: Network) -> None:
-        while True:
-            started = time.perf_counter()
-            items, images = self._take_batch(network.batch_size)
-            self._meter.spend("idle", time.perf_counter() - started)
-            if not items:
+    def _predict(self, batch: list[_Decoded]) -> None:
+        started = time.perf_counter()
+        with self._stages.watch("predict", [one.item.place for one in batch]):
+            self._predict_within_memory(batch)
+        self._meter.spend("predict", time.perf_counter() - started)
+        with self._lock:
+            self._predicting -= 1
+            if self._is_all_decoded():
+                self._work.notify_all()
+            else:
+                self._work.notify()
+
+    def _predict_within_memory(self, batch: list[_Decoded]) -> None:
+        """Predict a batch, in halves where there is not memory enough for the whole."""
+        network = self._network
+        assert network is not None  # noqa: S101 - a batch is taken only when there is one
+        try:
+            values, finite = network.finish(network.predict(np.stack([one.image for one in batch])))
+        except MemoryError as error:
+            if len(batch) == 1:
+                self._fail(batch[0].item, Failure("predict", "oom", str(error) or "no memory for one image"))
                 return
-            started = time.perf_counter()
-            values, finite = network.finish(network.predict(np.stack(images)))
-            self._meter.spend("predict", time.perf_counter() - started)
-            for index, item in enumerate(items):
-                if finite[index]:
-                    self._settle(item, values, index)
-                else:
-                    message = "the network answered NaN or infinity"
-                    self._fail(item, Failure("predict", "nonfinite", message))
+            half = len(batch) // 2
+            with self._lock:
+                self._batch_size = min(self._batch_size, half)
+            self._meter.halve_batch()
+            self._predict_within_memory(batch[:half])
+            self._predict_within_memory(batch[half:])
+            return
+        for index, (item, _) in enumerate(batch):
+            if finite[index]:
+                self._settle(item, values, index)
+            else:
+                self._fail(item, Failure("predict", "nonfinite", "the network answered NaN or infinity"))
 
-    def _take_batch(self, batch_size: int) -> tuple[list[_Input], list[Image]]:
-        """A full batch, by one thread at a time; a shorter one at the very end only."""
-        items: list[_Input] = []
-        images: list[Image] = []
-        with self._batch_lock:
-            while len(items) < batch_size:
-                work = self._take(self._decoded)
-                if work is None:
-                    break
-                items.append(work[0])
-                images.append(work[1])
-        return items, images
-
-    def _guarded(self, stage: str, item: _Input, make: Callable[[], Made]) -> Made | None:
+    def _guarded(self, stage: Stage, item: _Input, make: Callable[[], Made]) -> Made | None:
         """The one place where an input becomes a failure."""
         started = time.perf_counter()
         try:
             return make()
         except BadInputError as error:
             self._fail(item, error.failure)
-            return None
+        except MemoryError as error:
+            self._fail(item, Failure(stage, "oom", str(error) or "no memory for it"))
         finally:
             self._meter.spend(stage, time.perf_counter() - started)
+        return None
 
     def _fail(self, item: _Input, failure: Failure) -> None:
         item.rows.failures[item.row] = failure
@@ -272,96 +393,14 @@ class _Pipeline:
         self._count_settled(item.rows)
 
     def _settle(self, item: _Input, values: Arrays, index: int) -> None:
-        with self._rows_lock:
+        with self._lock:
             item.rows.keep(item.row, values, index)
         self._meter.settled()
         self._count_settled(item.rows)
 
     def _count_settled(self, rows: PartitionRows) -> None:
-        with self._rows_lock:
+        with self._lock:
             rows.settled += 1
             is_finished = rows.is_finished
         if is_finished:
             self._finished.put(rows)
-
-    def _put(self, target: "queue.Queue[Item]", item: Item) -> None:
-        while not self._stopping.is_set():
-            try:
-                return target.put(item, timeout=_POLL_SECONDS)
-            except queue.Full:
-                continue
-        raise _StoppedError
-
-    def _take(self, origin: "queue.Queue[Item | None]") -> Item | None:
-        """The next item, or None at the end, which stays in the queue for the other threads."""
-        while not self._stopping.is_set():
-            try:
-                item = origin.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if item is None:
-                origin.put(None)
-            return item
-        raise _StoppedError
-
-
-class _Countdown:
-    """Calls `last` when the last of `count` threads is done."""
-
-    def __init__(self, count: int, last: Callable[[], None]) -> None:
-        self._left = count
-        self._last = last
-        self._lock = threading.Lock()
-
-    def done(self) -> None:
-        with self._lock:
-            self._left -= 1
-            is_last = self._left == 0
-        if is_last:
-            self._last()
-
-
-class _ByteBudget:
-    """Bounds the bytes between fetch and decode; one larger object passes alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._stopped = False
-        self._changed = threading.Condition()
-
-    def acquire(self, size: int) -> None:
-        with self._changed:
-            while self._used and self._used + size > self._limit and not self._stopped:
-                self._changed.wait()
-            if self._stopped:
-                raise _StoppedError
-            self._used += size
-
-    def release(self, size: int) -> None:
-        with self._changed:
-            self._used -= size
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
-
-class _Lease:
-    """One object's share of the budget, from before its bytes are read until they are decoded."""
-
-    def __init__(self, budget: _ByteBudget) -> None:
-        self._budget = budget
-        self.size_bytes = 0
-        self.waited_seconds = 0.0
-
-    def take(self, size_bytes: int) -> None:
-        started = time.perf_counter()
-        self._budget.acquire(size_bytes)
-        self.size_bytes = size_bytes
-        self.waited_seconds = time.perf_counter() - started
-
-    def give_back(self) -> None:
-        self._budget.release(self.size_bytes)

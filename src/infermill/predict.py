@@ -85,7 +85,7 @@ def load_model(
             return error.failure
 
     def predict(images: Sequence[ImageInput]) -> list[Prediction]:
-        with ThreadPoolExecutor(options.decode_threads or usable_cores()) as pool:
+        with ThreadPoolExecutor(options.threads or usable_cores()) as pool:
             arrays = pool.map(to_array, images)
             return [one for batch in _batches(arrays, predictor.batch_size) for one in predict_batch(batch)]
 

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from infermill.meter import Meter
@@ -110,17 +110,13 @@ class _Rates:
             self._history.pop(0)
         then, objects, earlier = self._history[0]
         self.objects_per_second = (self._meter.objects - objects) / max(now - then, 1e-9)
-        self.bottleneck = bottleneck(
-            {stage: stages[stage] - earlier[stage] for stage in stages}, self._meter.threads, now - then
-        )
+        self.bottleneck = bottleneck({stage: stages[stage] - earlier[stage] for stage in stages})
 
 
-def bottleneck(busy_seconds: dict[str, float], threads: dict[str, int], seconds: float) -> str:
-    """The stage that the others wait for: predict while its threads are seldom idle, else the busiest other one."""
-    working = busy_seconds["predict"] + busy_seconds["idle"]
-    if not working or not threads:
+def bottleneck(busy_seconds: Mapping[str, float]) -> str:
+    """The stage that the others wait for: the one that keeps the compute threads busy, or lets them wait."""
+    computing = busy_seconds["predict"] + busy_seconds["decode"]
+    if not computing:
         return ""
-    if busy_seconds["idle"] < 0.2 * working:
-        return "predict"
-    others = {stage: busy_seconds[stage] / (count * seconds) for stage, count in threads.items() if stage != "predict"}
-    return max(others, key=lambda stage: others[stage])
+    is_waiting = busy_seconds["idle"] > 0.2 * (computing + busy_seconds["idle"])
+    return max(("fetch", "write") if is_waiting else ("predict", "decode"), key=lambda stage: busy_seconds[stage])

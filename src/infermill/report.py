@@ -13,9 +13,13 @@ from infermill.progress import duration
 from infermill.types import Summary
 
 if TYPE_CHECKING:
+    from infermill.audit import JobStatus, Verification
     from infermill.doctor import Finding
-    from infermill.job import Estimate
+    from infermill.estimation import Estimate
     from infermill.models.inspection import Inspection
+
+
+SHOWN_PARTITIONS = 20
 
 
 def print_problem(message: str, hint: str) -> None:
@@ -38,6 +42,12 @@ def summary_text(summary: Summary) -> str:
             f" ({summary.objects_per_second:,.1f}/s)" if summary.objects_per_second else " (all of it was done before)",
         )
     ]  # fmt: skip
+    if summary.new is not None:
+        lines.append(
+            Text(f"listed again: {summary.new:,} new, {summary.changed:,} changed, {summary.unchanged:,} unchanged")
+        )
+    if summary.retried is not None:
+        lines.append(Text(f"{summary.retried:,} predicted again"))
     if summary.failures_by_code:
         lines += ["", _failures(summary.failures_by_code, summary.example_keys)]
     if summary.model_loads:
@@ -55,6 +65,58 @@ def _failures(codes: Mapping[str, int], examples: Mapping[str, str]) -> Table:
     for code, count in codes.items():
         table.add_row(Text(code, style="red"), f"{count:,}", Text(_visible(examples.get(code, ""))))
     return table
+
+
+def status_text(status: "JobStatus") -> str:
+    """How far a job is; of many partitions, those that are not done and those with failures come first."""
+    if status.success and not status.left:
+        state = ("finished", "green")
+    else:
+        state = (f"not finished: {status.left:,} objects are left", "yellow")
+    lines: list[RenderableType] = [
+        Text.assemble(
+            (f"{status.planned:,}", "bold"), " objects: ",
+            (f"{status.ok:,} predicted", "green"), ", ",
+            (f"{status.failed:,} failed", "red" if status.failed else ""), f", {status.left:,} left",
+        ),
+        Text(f"{status.partitions:,} partitions: {status.partitions_done:,} done, {status.partitions_left:,} left"),
+        Text.assemble(state),
+    ]  # fmt: skip
+    if status.failures_by_code:
+        lines += ["", _failures(status.failures_by_code, status.example_keys)]
+    lines += ["", *_partitions(status)]
+    return _rendered([*lines, "", Text(_visible(status.output))])
+
+
+def _partitions(status: "JobStatus") -> list[RenderableType]:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("partition", "planned", "predicted", "failed"):
+        table.add_column(column, justify="right")
+    shown = status.by_partition
+    if len(shown) > SHOWN_PARTITIONS:
+        shown = tuple(sorted(shown, key=lambda one: (one.ok is not None, -(one.failed or 0)))[:SHOWN_PARTITIONS])
+    for one in shown:
+        figures = ("-", "-") if one.ok is None else (f"{one.ok:,}", f"{one.failed:,}")
+        table.add_row(str(one.partition), f"{one.planned:,}", *figures)
+    hidden = len(status.by_partition) - len(shown)
+    return [table] if not hidden else [table, Text(f"and {hidden:,} more; --json has them all", style="dim")]
+
+
+def verification_text(found: "Verification") -> str:
+    """A line of totals, or a line for each problem."""
+    if not found.problem_count:
+        return _rendered(
+            [
+                Text.assemble(
+                    ("verified", "green"),
+                    f": {found.objects:,} objects in {found.partitions:,} partitions, "
+                    f"{found.ok:,} predicted and {found.failed:,} failed",
+                )
+            ]
+        )
+    lines: list[RenderableType] = [Text.assemble(("problem", "red"), f": {_visible(one)}") for one in found.problems]
+    hidden = found.problem_count - len(found.problems)
+    return _rendered([*lines, Text(f"and {hidden:,} more", style="dim")] if hidden else lines)
 
 
 def estimate_text(estimate: "Estimate") -> str:

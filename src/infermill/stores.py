@@ -3,7 +3,8 @@
 import io
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,11 @@ REMOTE_SCHEMES = {
     "abfss": "az",
 }
 STORE_ERRORS = (BaseError, OSError)
+# A query (or fragment) that grants access: presigned URLs of every kind. Read by `re` and by Arrow's RE2.
+SIGNED_QUERY = (
+    r"(?is)^[^:/]*://[^?#]*[?#](?:.*[?&;#])?(?:[a-z0-9_-]*(?:signature|token|secret|passw|credential|api-?key)[a-z0-9_-]*"
+    r"|sig|auth|pwd|jwt)="
+)
 _UNNAMEABLE = re.compile(r"\A/|/\Z|//|(?:\A|/)\.\.?(?:/|\Z)|[\x00-\x1f\x7f]")
 _CODE = re.compile(r"<Code>(\w+)</Code>|An error occurred \((\w+)\)")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
@@ -40,12 +46,13 @@ _REFUSED = re.compile(r"status code: 40[13] ")
 _DENIED = {
     "403",
     "AccessDenied",
-    "ExpiredToken",
     "InvalidAccessKeyId",
     "InvalidToken",
     "RequestTimeTooSkewed",
     "SignatureDoesNotMatch",
 }
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_LONGEST_DEADLINE_SECONDS = 86_400
 _SSO = re.compile(r"SSO Token|SSO session|token from sso")
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
 
@@ -96,12 +103,20 @@ def locate(uri: str | os.PathLike[str]) -> Location:
         return Location("file", "/", os.fsdecode(unquote_to_bytes(os.fsencode(path_inside))).lstrip("/"))
     if scheme not in REMOTE_SCHEMES:
         known = ", ".join(f"{name}://" for name in ("file", "s3", "gs", "az"))
-        shown = _without_secrets(text.partition("?")[0])
-        raise UsageError(f"cannot read {scheme}:// in {shown!r}", f"use a local path or one of {known}")
+        shown = without_secrets(text.partition("?")[0])
+        hint = f"use a local path or one of {known}"
+        if scheme in {"http", "https"}:
+            hint += "; to predict on URLs, list them in a manifest, and name their hosts with --allow-host"
+        raise UsageError(f"cannot read {scheme}:// in {shown!r}", hint)
+    if re.search(SIGNED_QUERY, text):
+        raise UsageError(
+            f"the URI of {text.partition('?')[0].partition('#')[0]} holds a signature or a token",
+            "credentials do not belong in a URI: set them in the environment",
+        )
     if not container:
         raise UsageError(f"{text!r} names no bucket", f"write {scheme}://BUCKET/PREFIX")
     scheme = REMOTE_SCHEMES[scheme]
-    if scheme != "az" and ("@" in container or ":" in container):
+    if ":" in container or (scheme != "az" and "@" in container):
         raise UsageError(
             f"no bucket has a name with `:` or `@`, as the one after {scheme}:// has",
             "credentials do not belong in a URI: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a --profile",
@@ -120,17 +135,34 @@ def open_store(location: Location, options: StoreOptions) -> "ObjectStore":
         StoreError: no credentials were found.
         UsageError: `options.profile` is set and boto3 is not installed, or the URI or a setting cannot be right.
     """
+    deadline_seconds = options.store_deadline
+    if not 0 < deadline_seconds <= _LONGEST_DEADLINE_SECONDS:
+        raise UsageError(
+            f"--store-deadline {deadline_seconds:g} is not between 0 and {_LONGEST_DEADLINE_SECONDS} seconds",
+            "leave it out for the default",
+        )
     if location.is_local:
         return LocalStore("/")
     bucket = location.container.partition("://")[2]
-    client: ClientConfig = {"connect_timeout": _seconds(5), "timeout": _seconds(60), "pool_idle_timeout": _seconds(30)}
-    retry: RetryConfig = {"max_retries": 6, "retry_timeout": _seconds(60)}
+    client: ClientConfig = {
+        "connect_timeout": _seconds(min(5, deadline_seconds)),
+        "read_timeout": _seconds(_stalled_seconds(options)),
+        "timeout": _seconds(deadline_seconds),
+        "pool_idle_timeout": _seconds(30),
+    }
+    # For blips only: `patiently` asks again with a new signature, and can say that it does.
+    retry: RetryConfig = {"max_retries": 6, "retry_timeout": _seconds(deadline_seconds)}
     if location.scheme == "gs":
         unsigned: dict[str, Any] = {"skip_signature": True} if options.anonymous else {}
         return GCSStore(bucket, client_options=client, retry_config=retry, **unsigned)
     if location.scheme == "az":
         return _open_azure(bucket, options, client, retry)
     return _open_s3(bucket, options, client, retry)
+
+
+def _stalled_seconds(options: StoreOptions) -> float:
+    """How long a store may send nothing: a third of the deadline, so that it is asked more than once."""
+    return min(60, options.store_deadline / 3)
 
 
 def _open_azure(bucket: str, options: StoreOptions, client: "ClientConfig", retry: "RetryConfig") -> AzureStore:
@@ -173,7 +205,7 @@ def endpoint_of(options: StoreOptions) -> str | None:
     """
     endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and not endpoint.lower().startswith(("http://", "https://")):
-        host = _without_secrets("://" + endpoint.rpartition("://")[2]).removeprefix("://")
+        host = without_secrets("://" + endpoint.rpartition("://")[2]).removeprefix("://")
         raise UsageError(
             f"the endpoint {host!r} does not say whether it speaks http or https",
             f"write http://{host} or https://{host}, in --endpoint-url or AWS_ENDPOINT_URL",
@@ -252,11 +284,6 @@ def is_nameable(path: str) -> bool:
     return _UNNAMEABLE.search(path) is None
 
 
-def is_denied_object(error: Exception) -> bool:
-    """Whether the store denies this one object (archived ones, too) to credentials that it accepts."""
-    return _code(error) in {"AccessDenied", "InvalidObjectState"}
-
-
 def open_s3_client(location: Location, options: StoreOptions) -> tuple[str, Any]:
     """A bucket's name and a boto3 client, for the keys that object_store cannot name.
 
@@ -276,9 +303,9 @@ def open_s3_client(location: Location, options: StoreOptions) -> tuple[str, Any]
         raise SourceError(f"{problem}, which needs boto3", "pip install 'infermill[aws]'") from None
     endpoint = endpoint_of(options)
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": 7},
-        connect_timeout=5,
-        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 2},
+        connect_timeout=min(5, options.store_deadline),
+        read_timeout=_stalled_seconds(options),
         max_pool_connections=32,
         signature_version=UNSIGNED if options.anonymous else None,
     )
@@ -291,6 +318,27 @@ def open_s3_client(location: Location, options: StoreOptions) -> tuple[str, Any]
     return location.container.partition("://")[2], client
 
 
+@contextmanager
+def boto3_errors() -> Iterator[None]:
+    """The errors of boto3 as those of a store."""
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        EndpointConnectionError,
+        HTTPClientError,
+        IncompleteReadError,
+    )
+
+    try:
+        yield
+    except EndpointConnectionError as error:
+        raise ConnectionRefusedError(str(error)) from None
+    except (HTTPClientError, IncompleteReadError) as error:
+        raise ConnectionError(str(error)) from None
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(str(error)) from None
+
+
 def _seconds(count: float) -> "timedelta":
     from datetime import timedelta
 
@@ -300,7 +348,7 @@ def _seconds(count: float) -> "timedelta":
 def explain(error: Exception, uri: str) -> InfermillError:
     """The error of a store in the words of a user: what happened, where, and what to do next."""
     uri = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in uri)
-    if _code(error) in {"NoSuchBucket", "ContainerNotFound"}:
+    if error_code(error) in {"NoSuchBucket", "ContainerNotFound"}:
         return SourceError(f"there is no bucket at {uri}", "check the bucket's name, and --endpoint-url or --region")
     if isinstance(error, FileNotFoundError):
         return SourceError(f"{uri} does not exist", "check the path")
@@ -312,11 +360,14 @@ def explain(error: Exception, uri: str) -> InfermillError:
 
 
 def _explain_answer(error: Exception, uri: str) -> StoreError:
-    code, detail = _code(error), _detail(error)
+    code, detail = error_code(error), _detail(error)
     if code in _ELSEWHERE or "incorrectly configured region" in detail:
         return StoreError(f"{uri} is in another region", f"pass --region, or set AWS_REGION; the store said: {detail}")
     if _SSO.search(detail):
         return StoreError(f"access to {uri} is denied: {detail}", "run `aws sso login` for the profile")
+    if code in _EXPIRED:
+        remedy = "renew them, and run the same command again: what is finished stays"
+        return StoreError(f"the credentials for {uri} have expired", f"{remedy}; the store said: {detail}")
     if code in _DENIED or _REFUSED.search(_told(error)) or isinstance(error, UnauthenticatedError):
         remedy = "check the credentials (--profile, AWS_ACCESS_KEY_ID), or pass --anonymous"
         return StoreError(f"access to {uri} is denied", f"{remedy}; the store said: {detail}")
@@ -325,7 +376,7 @@ def _explain_answer(error: Exception, uri: str) -> StoreError:
     )
 
 
-def _code(error: Exception) -> str | None:
+def error_code(error: Exception) -> str | None:
     """S3's own name for what is wrong."""
     match = _CODE.search(_told(error))
     return (match[1] or match[2]) if match else None
@@ -337,7 +388,7 @@ def _detail(error: Exception) -> str:
     code, message = _CODE.search(text), _MESSAGE.search(text)
     if code and message:
         text = f"{code[1]}: {message[1]}"
-    line = _without_secrets(" ".join(text.split())).rstrip(" :")
+    line = without_secrets(" ".join(text.split())).rstrip(" :")
     return line if len(line) <= 300 else line[:300] + "…"
 
 
@@ -345,5 +396,6 @@ def _told(error: Exception) -> str:
     return str(error).partition("\n\nDebug source")[0]
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
+    """The text without the user names and passwords of URLs in it."""
     return re.sub(r"://[^/\s]*@", "://", text)

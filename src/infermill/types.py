@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Stage = Literal["fetch", "decode", "predict"]
 FailureCode = Literal[
@@ -12,10 +12,16 @@ FailureCode = Literal[
     "empty",  # 0 bytes
     "unsupported",  # not an image format that is decoded, whatever its name says
     "truncated",  # ends before the image does
+    "store",  # the store failed on this object, and on no other, until the deadline
     "corrupt",  # damaged in another way
     "too_large",  # more pixels than `max_pixels`, told from the header before decoding
     "nonfinite",  # the network answered NaN or infinity
+    "native_crash",  # decoding or predicting it ended the process
+    "oom",  # there was no memory for it
+    "timeout",  # it took longer than `item_timeout`
 ]
+RETRYABLE: tuple[FailureCode, ...] = ("missing", "store", "native_crash", "oom", "timeout")
+"Failures that may pass: predicting the same object once more can end otherwise."
 Task = Literal["classification", "embedding", "raw"]
 MAX_PIXELS = 178_956_970
 "Pillow's own limit, beyond which it calls an image a decompression bomb."
@@ -53,6 +59,10 @@ class StoreOptions:
     "AWS profile, SSO included (needs boto3: the extra `aws`)."
     region: str | None = None
     "AWS region."
+    store_deadline: float = 180.0
+    "Seconds for which a store that does not answer is asked again, before the job stops and can be resumed."
+    allow_host: tuple[str, ...] = ()
+    "Fetch the http(s):// objects of a manifest that lie on this host, host:port or *.domain; repeat it for several."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +81,11 @@ class Options(StoreOptions):
     decode: DecodeProfile = "exact"
     "`exact`: pixel for pixel what Pillow gives. `fast`: DCT scaling and a SIMD resizer."
     threads: int | None = None
-    "Threads of the network. (default: one a core)"
-    decode_threads: int | None = None
-    "Threads that decode. (default: one a core)"
+    "Threads that decode and run the network, in each worker. (default: one a core)"
+    workers: int = 1
+    "Worker processes, each with the network loaded and its share of the cores."
+    item_timeout: float = 300.0
+    "Seconds that decoding or predicting one object may take before it is a failure."
     max_pixels: int = MAX_PIXELS
     "Images with more pixels than this are failures, told before they are decoded."
     max_failures: str | None = None
@@ -127,6 +139,13 @@ class Source:
     "The keys of a manifest are URIs or paths as they were written; only relative paths hang below `root`."
 
 
+class Assignment(NamedTuple):
+    """A partition that a worker is to do, and the rows of it that are known to fail."""
+
+    partition: int
+    verdicts: Mapping[int, Failure] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class PartitionReport:
     """What became of one partition: all that a worker sends back to the driver."""
@@ -147,6 +166,9 @@ class PartitionReport:
 class Summary:
     """The end of a job in figures; `as_json()` is what `--json` prints and `_SUCCESS` holds.
 
+    `new`, `changed` and `unchanged` count the objects that were listed to append, and `retried` the rows that were
+    predicted again; null where nothing was appended or retried.
+
     `seconds` is wall time of this run. `stage_seconds` are thread-seconds of this run: time spent busy in
     each stage summed over its threads, and `idle`, the time in which a predict thread waited for input.
     """
@@ -161,10 +183,16 @@ class Summary:
     stage_seconds: Mapping[str, float]
     workers: int
     model_loads: int
+    halved_batches: int
+    "How often a batch was cut in two because memory ran out."
     runtime: str
     precision: str
     digest: str
     output: str
+    new: int | None = None
+    changed: int | None = None
+    unchanged: int | None = None
+    retried: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The summary as plain JSON types."""

@@ -5,20 +5,21 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from infermill.decode.image import image_decoder
-from infermill.errors import UsageError
+from infermill.errors import BadInputError, UsageError
 from infermill.fetch import fetcher
 from infermill.meter import Meter
 from infermill.models.model import Model
-from infermill.output import PLAN_FOLDER, Output, rows_table
-from infermill.pipeline import Network, PartitionRows, Stages, run_pipeline
-from infermill.plan import PlanInfo, partition_reader
+from infermill.output import PLAN_FOLDER, Output
+from infermill.parts import rows_table
+from infermill.pipeline import Network, PartitionRows, Share, Stages, Watch, run_pipeline, unwatched
+from infermill.plan import PlanInfo, Revision, partition_reader
 from infermill.predictions import TaskRows, rows_for
 from infermill.runtimes import Predictor, load
-from infermill.types import Options, PartitionReport, Source
+from infermill.types import Assignment, ObjectRef, Options, PartitionReport, Source
 
 FETCH_THREADS = 4
 REMOTE_FETCH_THREADS = 32
@@ -34,16 +35,35 @@ class Job:
     model: Model
     output: str
     options: Options
-    plan: PlanInfo
+    plans: tuple[PlanInfo, ...]
+    "The plan that the job was started with, and those that were appended; their partitions are numbered on."
+    revision: str | None = None
+    "The file of the rows that are predicted again."
 
     @property
     def notes(self) -> dict[str, str]:
         """What tells this job's parts from those of others; written into each."""
-        return {"plan": self.plan.plan_id, "digest": self.model.digest}
+        return {"plan": self.plans[0].plan_id, "digest": self.model.digest}
+
+    @property
+    def partitions(self) -> int:
+        return self.plans[-1].end
+
+    @property
+    def objects(self) -> int:
+        return sum(plan.objects for plan in self.plans)
 
 
-def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
-    """Predict the partitions `ids` in one pipeline, and create their parts.
+def run_partitions(
+    job: Job, assignments: Iterable[Assignment], meter: Meter, watch: Watch = unwatched
+) -> Iterator[PartitionReport]:
+    """Predict the partitions that are assigned, in one pipeline, and create their parts; or revise rows of parts.
+
+    Args:
+        job: the job.
+        assignments: which partitions; read one by one, when there is room for another.
+        meter: counts what is done.
+        watch: is told which rows are worked on.
 
     Yields:
         One report per partition, when its part is there.
@@ -53,7 +73,7 @@ def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[Parti
         StoreError: the source or the output does not answer; what is finished stays.
     """
     output = Output(job.output, job.options)
-    refs = partition_reader(job.plan.plan_id, lambda name: output.read_existing(f"{PLAN_FOLDER}/{name}"))
+    revision, refs = _revision_and_refs(job, output)
     loaded = functools.cache(lambda: load_predictor(job.model, job.options, meter))
 
     def write(rows: PartitionRows) -> PartitionReport:
@@ -61,28 +81,53 @@ def run_partitions(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[Parti
         started = time.perf_counter()
         report = _report(rows, predictor)
         table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures)
-        report = output.create_part(rows.partition, table, report, job.notes)
+        if rows.partition in revision:
+            report = output.revise_part(rows.partition, revision.rows(rows.partition), table, report, job.notes)
+        else:
+            report = output.create_part(rows.partition, table, report, job.notes)
         meter.spend("write", time.perf_counter() - started)
         return report
 
-    stages = stages_of(job.source, job.model, job.options, lambda: network_of(*loaded()))
-    finished = run_pipeline(((number, refs(number)) for number in ids), stages, meter)
+    stages = stages_of(job.source, job.model, job.options, lambda: network_of(*loaded()), watch)
+    shares = (Share(number, refs(number), verdicts) for number, verdicts in assignments)
+    finished = run_pipeline(shares, stages, meter)
     # Left in this order: after an error, the pipeline stops before the last writes are waited for.
     with ThreadPoolExecutor(WRITE_THREADS, "write") as pool, closing(finished):
         yield from _bounded(pool.submit(write, rows) for rows in finished)
 
 
+def try_each(job: Job, places: Sequence[tuple[int, int]], watch: Watch) -> None:
+    """Decode and predict rows one by one, with nothing else under way: what dies here, dies of the row in hand."""
+    refs = functools.lru_cache(maxsize=4)(_revision_and_refs(job, Output(job.output, job.options))[1])
+    network = network_of(*load_predictor(job.model, job.options, Meter()))
+    stages = stages_of(job.source, job.model, job.options, lambda: network)
+    for partition, row in places:
+        with suppress(BadInputError, MemoryError):  # which the pipeline books
+            data = stages.fetch(refs(partition)[row], lambda _: None)
+            with watch("decode", [(partition, row)]):
+                image = stages.decode(data)
+            with watch("predict", [(partition, row)]):
+                network.predict(image[None])
+
+
+def _revision_and_refs(job: Job, output: Output) -> tuple[Revision, Callable[[int], list[ObjectRef]]]:
+    """The rows that are revised, and a function from a partition to what is to be predicted of it."""
+    planned = partition_reader(job.plans, lambda name: output.read_existing(f"{PLAN_FOLDER}/{name}"))
+    revision = Revision(output.read_existing(job.revision) if job.revision else Revision.write([]))
+    return revision, lambda number: (revision.refs if number in revision else planned)(number)
+
+
 def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
     """Load the network, once per worker."""
     check_options(options)
-    predictor = load(model, options.runtime, options.threads or usable_cores())
-    meter.model_loads += 1
+    predictor = load(model, options.runtime, _threads(options))
+    meter.loaded()
     return predictor, rows_for(model, predictor)
 
 
 def check_options(options: Options) -> None:
     """Raise UsageError where a number cannot be right."""
-    for name in ("limit", "threads", "decode_threads", "max_pixels", "partition_objects", "partition_bytes"):
+    for name in ("limit", "workers", "threads", "max_pixels", "partition_objects", "partition_bytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
@@ -90,10 +135,12 @@ def check_options(options: Options) -> None:
 
 def network_of(predictor: Predictor, tasks: TaskRows) -> Network:
     """A predictor and its task, as the pipeline runs them."""
-    return Network(predictor, tasks.finish, predictor.streams, predictor.batch_size)
+    return Network(predictor, tasks.finish, predictor.streams, predictor.batch_size, predictor.device == "cpu")
 
 
-def stages_of(source: Source, model: Model, options: Options, load: Callable[[], Network]) -> Stages:
+def stages_of(
+    source: Source, model: Model, options: Options, load: Callable[[], Network], watch: Watch = unwatched
+) -> Stages:
     """The functions and thread counts of this worker's pipeline."""
     is_local = source.root.startswith("/") and not source.keys_are_uris
     height, width = model.card.preprocess.height_width or (1, 1)
@@ -102,9 +149,15 @@ def stages_of(source: Source, model: Model, options: Options, load: Callable[[],
         decode=image_decoder(model.card.preprocess, options.decode, options.max_pixels),
         load=load,
         fetch_threads=FETCH_THREADS if is_local else REMOTE_FETCH_THREADS,
-        decode_threads=options.decode_threads or usable_cores(),
+        compute_threads=_threads(options),
         decoded_images=max(DECODED_BYTES // (height * width * 3), 1),
+        watch=watch,
     )
+
+
+def _threads(options: Options) -> int:
+    """Threads that decode and run the network, in each worker."""
+    return options.threads or max(usable_cores() // options.workers, 1)
 
 
 def usable_cores() -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml.constructor import ConstructorError
 
 from infermill.errors import ModelError
 from infermill.types import Task
@@ -24,6 +25,24 @@ PerChannel = tuple[float, float, float]
 MAX_CARD_BYTES = 1 << 20
 # PyYAML's own, and what it lets through where a scalar or a nesting is not what its tag or Python can take.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
+
+
+MAX_SCALAR_CHARS = 4096
+
+
+class _CardLoader(yaml.SafeLoader):
+    """YAML less what lets a small file cost much: merge keys, which multiply, and endless numbers."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise ConstructorError(None, None, "a model card has no merge keys (`<<`)", key.start_mark)
+        super().flatten_mapping(node)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if len(node.value) > MAX_SCALAR_CHARS:
+            raise ConstructorError(None, None, f"a value is longer than {MAX_SCALAR_CHARS} characters", node.start_mark)
+        return super().construct_scalar(node)
 
 
 class _Strict(BaseModel):
@@ -182,7 +201,7 @@ def read_card(path: Path) -> ModelCard:
     if len(content) > MAX_CARD_BYTES:
         raise ModelError(f"{path} is larger than 1 MiB", "a model card is a short YAML file; pass the network as .onnx")
     try:
-        data = yaml.safe_load(content.decode())
+        data = yaml.load(content.decode(), _CardLoader)  # noqa: S506 - a SafeLoader
     except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{path} is not YAML: {reason}", "see docs/model-card.md for an example") from None

@@ -5,7 +5,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,7 @@ def open_card(model: str | os.PathLike[str] | ModelCard, store: StoreOptions, gi
             card = None
         elif base.path.lower().endswith(CARD_SUFFIXES):
             card = read_card(_file_here(base, store, CARD))
+            _check_labels_beside(card, base)
         else:
             raise ModelError(f"{base.uri} is neither a model card nor a network", "pass model.yaml or network.onnx")
     network = _network_here(base if card is None else beside(base, card.files.onnx), store)
@@ -146,6 +147,22 @@ def _with_options(card: ModelCard, given: CardOptions) -> ModelCard:
                 target = target[parent]
             target[name] = value
     return parse_card(data, "the card, with the options of the command line")
+
+
+def _check_labels_beside(card: ModelCard, base: Location) -> None:
+    """Refuse a card that would have another file's lines written to the output: whoever wrote it may not read them."""
+    if not isinstance(card.labels, str):
+        return
+    place, folder = beside(base, card.labels), beside(base, ".")
+    inside = place.container == folder.container and Path("/", place.path).is_relative_to(Path("/", folder.path))
+    if inside and place.is_local:
+        with suppress(OSError, RuntimeError, ValueError):  # told when it is read; RuntimeError: links in a circle
+            inside = Path(place.uri).resolve().is_relative_to(Path(folder.uri).resolve())
+    if not inside:
+        raise ModelError(
+            f"{base.uri}: the labels file {card.labels!r} is outside the card's folder",
+            "put it beside the card, as a file and not as a link, or name it with --labels",
+        )
 
 
 def _read_labels(card: ModelCard, base: Location, store: StoreOptions) -> tuple[str, ...] | None:
@@ -280,7 +297,7 @@ def _write(to: Path, size: int, chunks: Iterable[Any]) -> None:
     try:
         if to.is_file() and to.stat().st_size == size:
             return
-        to.parent.mkdir(parents=True, exist_ok=True)
+        to.parent.mkdir(0o700, parents=True, exist_ok=True)
         private = to.with_name(f".{uuid.uuid4().hex}")
         try:
             with private.open("xb") as file:

@@ -1,9 +1,8 @@
 """The libraries that execute a network, behind one contract: `load(model, threads) -> Predictor`."""
 
 import importlib
-import threading
+import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ MODULES: dict[RuntimeName, str] = {
     "openvino": "infermill.runtimes.openvino",
     "onnxruntime": "infermill.runtimes.onnxruntime",
 }
+_OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|(fail|cannot|could not|unable)\w* (to )?allocat", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +45,6 @@ class Predictor:
         return self.run(batch)
 
 
-def import_early(runtime: RuntimeName) -> None:
-    """Begin to import the library in the background: it takes a while, and is needed when there is a plan."""
-
-    def import_it() -> None:
-        with suppress(ImportError):  # `load` will say it
-            importlib.import_module(MODULES[runtime])
-
-    # No daemon: a process that ends in the middle of a library's own start-up would abort.
-    threading.Thread(target=import_it, name="import").start()
-
-
 def load(model: Model, runtime: RuntimeName, threads: int) -> Predictor:
     """Load `model` into a runtime, and run it once.
 
@@ -73,7 +62,13 @@ def load(model: Model, runtime: RuntimeName, threads: int) -> Predictor:
         >>> logits.shape  # doctest: +SKIP
         (5, 1000)
     """
-    predictor: Predictor = importlib.import_module(MODULES[runtime]).load(model, threads)
+    try:
+        predictor: Predictor = importlib.import_module(MODULES[runtime]).load(model, threads)
+    except MemoryError as error:
+        raise ModelError(
+            f"there is no memory to load {model.card.files.onnx} into {runtime}: {error}",
+            "take fewer --threads or --workers, or a machine with more memory",
+        ) from None
     return predictor
 
 
@@ -117,6 +112,11 @@ def warm_up(infer: Infer, graph: Executable, model: Model) -> None:
                 f"{network} answers {classes} numbers per image in `{name}`, and the card has {expected} classes",
                 "use the labels, or the network, that belong together",
             )
+
+
+def failed(model: Model, runtime: RuntimeName, reason: str) -> Exception:
+    """What to raise where a runtime cannot run a batch: MemoryError, or that it refuses the network."""
+    return MemoryError(reason) if _OUT_OF_MEMORY.search(reason) else refused(model, runtime, reason)
 
 
 def refused(model: Model, runtime: RuntimeName, reason: str) -> ModelError:

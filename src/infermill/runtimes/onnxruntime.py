@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Predictor, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Predictor, failed, in_pieces, refused, warm_up
 
 # From its import on, ONNX Runtime sends events to Microsoft, and leaves a device id in the home directory.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -55,7 +55,7 @@ def load(model: Model, threads: int) -> Predictor:
                 try:
                     return tuple(session.run(list(graph.output_names), {input_name: batch}))
                 except _ERRORS as error:
-                    raise refused(model, "onnxruntime", _reason(error)) from None
+                    raise failed(model, "onnxruntime", _reason(error)) from None
 
             warm_up(infer, graph, model)
         except _ERRORS as error:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Predictor, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Predictor, failed, in_pieces, refused, warm_up
 
 # With this package, `import openvino` tells Google Analytics of each import, and leaves a folder in the home directory.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ class _Pool:
             results = request.infer({0: batch}, share_inputs=True, share_outputs=False)
             return tuple(results[index] for index in range(self._outputs))
         except RuntimeError as error:
-            raise refused(self._model, "openvino", _reason(error)) from None
+            raise failed(self._model, "openvino", _reason(error)) from None
         finally:
             self._requests.put(request)
 

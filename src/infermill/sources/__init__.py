@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from infermill.errors import SourceError, StoreError, UsageError
 from infermill.sources import manifest, objects
-from infermill.stores import Location, endpoint_of, explain, locate
+from infermill.stores import Location, endpoint_of, explain, locate, without_secrets
 from infermill.types import Source, StoreOptions
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -71,7 +71,7 @@ def canonical(uri: str, options: StoreOptions) -> str:
     if location.is_local:
         return location.uri.rstrip("/") or "/"
     endpoint = endpoint_of(options) if location.scheme == "s3" else None
-    return f"{location.uri} at {endpoint}" if endpoint else location.uri
+    return f"{location.uri} at {without_secrets(endpoint)}" if endpoint else location.uri
 
 
 @contextmanager

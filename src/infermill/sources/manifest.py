@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infermill.errors import SourceError, UsageError
+from infermill.hosts import AllowList, check_urls, is_web
 from infermill.sources.objects import BATCH_ROWS, LISTING_SCHEMA
 from infermill.stores import STORE_ERRORS, Location, explain, locate, open_reader, open_store
 from infermill.types import Source, StoreOptions
@@ -25,7 +26,9 @@ def from_file(location: Location, options: StoreOptions) -> tuple[Source, Iterat
 
     Relative paths in it hang below the current folder.
     """
-    return Source(str(Path.cwd()), keys_are_uris=True), _checked(_batches(location, options), location.uri)
+    allowed = AllowList(options.allow_host)
+    batches = _checked(_batches(location, options), location.uri)
+    return Source(str(Path.cwd()), keys_are_uris=True), _permitted(batches, allowed, location.uri)
 
 
 def digest(location: Location, options: StoreOptions) -> str:
@@ -51,7 +54,7 @@ def _checked(batches: Generator[pa.RecordBatch], where: str) -> Iterator[pa.Reco
         with closing(batches):
             for batch in batches:
                 for root in pc.unique(pc.extract_regex(batch["key"], r"(?s)^(?P<root>[^/]*://[^/]*)").field("root")):
-                    if root.is_valid:
+                    if root.is_valid and not is_web(root.as_py()):
                         locate(f"{root.as_py()}/")
                 yield batch
     except UnicodeDecodeError as error:
@@ -62,6 +65,13 @@ def _checked(batches: Generator[pa.RecordBatch], where: str) -> Iterator[pa.Reco
         raise SourceError(f"{where} cannot be read: {error}", "a text manifest must end in .txt") from None
     except STORE_ERRORS as error:
         raise explain(error, where) from None
+
+
+def _permitted(batches: Iterable[pa.RecordBatch], allowed: AllowList, where: str) -> Iterator[pa.RecordBatch]:
+    """The same batches, if their URLs may be fetched and written to the plan."""
+    for batch in batches:
+        check_urls(batch["key"], allowed, where)
+        yield batch
 
 
 def _lines(lines: Iterable[bytes]) -> Generator[pa.RecordBatch]:

@@ -6,7 +6,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import obstore
@@ -15,7 +15,17 @@ import pyarrow.compute as pc
 from obstore.exceptions import InvalidPathError
 
 from infermill.errors import SourceError
-from infermill.stores import STORE_ERRORS, Location, etag_of, explain, is_nameable, open_s3_client, open_store
+from infermill.patience import patiently
+from infermill.stores import (
+    STORE_ERRORS,
+    Location,
+    boto3_errors,
+    etag_of,
+    explain,
+    is_nameable,
+    open_s3_client,
+    open_store,
+)
 from infermill.types import Source, StoreOptions
 
 if TYPE_CHECKING:
@@ -139,10 +149,9 @@ def printable(name: str) -> str:
 def _list_store(base: Location, options: StoreOptions, keep: Keep) -> Iterator[pa.RecordBatch]:
     last_key = ""
     store = open_store(base, options)
-    if is_nameable(base.path.removesuffix("/") or base.path) and not _has_leading_slashes(base, store):
+    if is_nameable(base.path.removesuffix("/") or base.path) and not _has_leading_slashes(base, store, options):
         try:
-            for chunk in obstore.list(store, base.path or None, chunk_size=BATCH_ROWS, return_arrow=True):
-                batch = _listing_batch(pa.record_batch(chunk))
+            for batch in _list_patiently(store, base, options):
                 # Not the last one: object_store names `a/` as `a`, and `a-1` comes between the two.
                 last_key = max(last_key, pc.max(batch["key"]).as_py())
                 yield _without_markers(keep(batch), store)
@@ -154,18 +163,41 @@ def _list_store(base: Location, options: StoreOptions, keep: Keep) -> Iterator[p
     yield from map(keep, _list_s3_exactly(base, options, base.path, last_key))
 
 
+def _list_patiently(store: "ObjectStore", base: Location, options: StoreOptions) -> Iterator[pa.RecordBatch]:
+    """The listing; where a page breaks off, which object_store does not retry, it goes on behind the last batch."""
+    listing: Iterator[Any] | None = None
+    last_key: str | None = None
+
+    def next_batch() -> pa.RecordBatch | None:
+        nonlocal listing
+        listing = listing or obstore.list(
+            store, base.path or None, offset=last_key, chunk_size=BATCH_ROWS, return_arrow=True
+        )
+        try:
+            chunk = next(listing, None)
+        except STORE_ERRORS:
+            listing = None
+            raise
+        return None if chunk is None else _listing_batch(pa.record_batch(chunk))
+
+    while (batch := patiently(next_batch, base.uri, options)) is not None:
+        yield batch
+        last_key = max(last_key or "", pc.max(batch["key"]).as_py())
+
+
 def _listing_batch(rows: pa.RecordBatch) -> pa.RecordBatch:
     columns = [rows[name].cast(field.type) for name, field in zip(_OBSTORE_NAMES, LISTING_SCHEMA, strict=True)]
     return pa.record_batch(columns, schema=LISTING_SCHEMA)
 
 
-def _has_leading_slashes(base: Location, store: "ObjectStore") -> bool:
+def _has_leading_slashes(base: Location, store: "ObjectStore", options: StoreOptions) -> bool:
     """Whether a bucket holds keys like `/a`, which object_store lists as `a`, and then does not find."""
     if base.scheme != "s3" or base.path:
         return False
     try:
         # Keys behind `.zzzz` are first those that begin with a slash; empty ones may be markers, see below.
-        first = next((one for one in next(obstore.list(store, offset=".zzzz"), ()) if one["size"]), None)
+        behind = patiently(lambda: next(obstore.list(store, offset=".zzzz"), ()), base.uri, options)
+        first = next((one for one in behind if one["size"]), None)
         if first is not None:
             store.head(first["path"])
     except FileNotFoundError:
@@ -191,16 +223,19 @@ def _list_s3_exactly(
 ) -> Iterator[pa.RecordBatch]:
     """The keys that begin with `prefix`, behind the key `after`, with boto3: it names every key that S3 can hold."""
     bucket, client = open_s3_client(base, options)
-    from botocore.exceptions import BotoCoreError, ClientError
+    place = {"StartAfter": after}
 
-    pages = client.get_paginator("list_objects_v2").paginate(
-        Bucket=bucket, Prefix=prefix, StartAfter=after, PaginationConfig={"PageSize": page_rows}
-    )
+    def next_page() -> Any:
+        with boto3_errors():
+            return client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=page_rows, **place)
+
     try:
-        for page in pages:
+        while place:
+            page = patiently(next_page, base.uri, options)
             rows = [{"key": o["Key"], "size": o["Size"], "etag": o["ETag"]} for o in page.get("Contents", ())]
             yield pa.RecordBatch.from_pylist(rows, schema=LISTING_SCHEMA)
-    except (BotoCoreError, ClientError) as error:
+            place = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else {}
+    except STORE_ERRORS as error:
         raise explain(error, base.uri) from None
 
 

@@ -1,0 +1,171 @@
+"""A worker process: it asks for partitions, and answers with their reports.
+
+    driver ──── Task ────► worker      once
+           ◄─── Ask ──────             whenever the pipeline wants another partition
+           ──── Assignment ►           or None, when there is none left
+           ◄─── Counts ───             a few times a second
+           ◄─── Said ─────             a line for the log
+           ◄─── PartitionReport        when its part is there
+           ◄─── Raised or Done         at the end
+
+It ends when the connection does, so that no worker outlives its driver. Ctrl-C is left to the driver.
+"""
+
+import importlib
+import logging
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from infermill.errors import InfermillError
+from infermill.journal import Journal
+from infermill.meter import Meter
+from infermill.runtimes import MODULES
+from infermill.types import Assignment
+from infermill.worker import Job, run_partitions, try_each
+
+TELL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker is for: partitions of a job, or, where `suspects` are given, each of these rows by itself."""
+
+    job: Job
+    suspects: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A worker has room for another partition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A worker has done what it was for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A line for the log."""
+
+    level: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """An exception on its way to the driver."""
+
+    error: Exception
+    traceback: str
+
+
+class _Driver:
+    """The other end of the connection."""
+
+    def __init__(self, connection: "Connection[object, object]") -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def receive_task(self) -> Task:
+        task = self._connection.recv()
+        assert isinstance(task, Task)  # noqa: S101
+        threading.Thread(target=self._receive, name="receive", daemon=True).start()
+        return task
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._answers.put(self._connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)
+
+    def send(self, message: object) -> None:
+        with self._sending:
+            self._connection.send(message)
+
+    def assignments(self) -> Iterator[Assignment]:
+        """Partitions, one at a time, until the driver has no more."""
+        while True:
+            self.send(Ask())
+            assignment = self._answers.get()
+            if not isinstance(assignment, Assignment):
+                return
+            yield assignment
+
+
+class _Log(logging.Handler):
+    """Leaves what a worker has to say to the driver, which knows where its user looks."""
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__(logging.INFO)
+        self._driver = driver
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._driver.send(Said(record.levelno, record.getMessage()))
+
+
+def main() -> None:
+    """Run the worker whose connection and journal are open as the file descriptors in the arguments."""
+    connection, journal, runtime = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    driver = _Driver(Connection(connection))
+    logging.getLogger("infermill").addHandler(_Log(driver))
+    try:
+        _work(driver, Journal(journal), runtime)
+    except (BrokenPipeError, EOFError):
+        os._exit(1)
+    # Not by the interpreter's end: threads of native libraries may still run.
+    os._exit(0)
+
+
+def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
+    with suppress(ImportError):  # loading the network will say it
+        importlib.import_module(MODULES[runtime])  # type: ignore[index]
+    task = driver.receive_task()
+    try:
+        if task.suspects is None:
+            _run(driver, task.job, journal)
+        else:
+            try_each(task.job, task.suspects, journal.note)
+    except Exception as error:  # noqa: BLE001 - raised again by the driver
+        driver.send(_raised(error))
+    else:
+        driver.send(Done())
+
+
+def _run(driver: _Driver, job: Job, journal: Journal) -> None:
+    meter = Meter()
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(TELL_SECONDS):
+            driver.send(meter.drain())
+
+    threading.Thread(target=tell, name="tell", daemon=True).start()
+    try:
+        for report in run_partitions(job, driver.assignments(), meter, journal.note):
+            driver.send(meter.drain())
+            driver.send(report)
+    finally:
+        ended.set()
+    driver.send(meter.drain())
+
+
+def _raised(error: Exception) -> Raised:
+    text = "" if isinstance(error, InfermillError) else traceback.format_exc()
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    except Exception:  # noqa: BLE001 - whatever an exception of a library does when it is pickled
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    return Raised(error, text)

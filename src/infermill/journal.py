@@ -1,0 +1,95 @@
+"""What each thread of a worker is decoding or predicting at this moment, readable after the worker has died.
+
+    slot 0   started  stage  count  partition row  partition row  …
+    slot 1   …                                                          one slot a thread
+
+A worker writes it into memory that it shares with the process that started it. Writing costs a microsecond, and needs
+no lock: each thread has its own slot, whose stage is set last and cleared first.
+"""
+
+import itertools
+import mmap
+import os
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+SLOTS = 256
+ROWS_PER_SLOT = 2048
+_HEAD = struct.Struct("=dII")
+_STARTED, _STAGE_AND_COUNT = struct.Struct("=d"), struct.Struct("=II")
+_ROW = struct.Struct("=II")
+_SLOT_BYTES = _HEAD.size + ROWS_PER_SLOT * _ROW.size
+_STAGES: tuple[Literal["decode", "predict"], ...] = ("decode", "predict")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one thread is doing, since when (time.monotonic), and to which (partition, row)."""
+
+    stage: Literal["decode", "predict"]
+    started: float
+    rows: tuple[tuple[int, int], ...]
+
+
+class Journal:
+    """A page of slots in shared memory; the file behind it has no name, and is gone with the last process that has it.
+
+    Example:
+        >>> journal = Journal()
+        >>> with journal.note("decode", [(3, 14)]):
+        ...     [entry.rows for entry in journal.entries()]
+        [((3, 14),)]
+        >>> journal.entries()
+        []
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        if descriptor is None:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+            os.ftruncate(descriptor, SLOTS * _SLOT_BYTES)
+        self.descriptor = descriptor
+        self._memory = mmap.mmap(descriptor, SLOTS * _SLOT_BYTES)
+        self._thread = threading.local()
+        self._next_slot = itertools.count()
+
+    def close(self) -> None:
+        self._memory.close()
+        os.close(self.descriptor)
+
+    @contextmanager
+    def note(self, stage: Literal["decode", "predict"], rows: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """This thread works on these rows while the context is open."""
+        at = self._slot()
+        for index, row in enumerate(rows[:ROWS_PER_SLOT]):
+            _ROW.pack_into(self._memory, at + _HEAD.size + index * _ROW.size, *row)
+        _STARTED.pack_into(self._memory, at, time.monotonic())
+        count = min(len(rows), ROWS_PER_SLOT)
+        _STAGE_AND_COUNT.pack_into(self._memory, at + _STARTED.size, _STAGES.index(stage) + 1, count)
+        try:
+            yield
+        finally:
+            _STAGE_AND_COUNT.pack_into(self._memory, at + _STARTED.size, 0, 0)
+
+    def _slot(self) -> int:
+        if not hasattr(self._thread, "slot"):
+            self._thread.slot = next(self._next_slot) % SLOTS * _SLOT_BYTES
+        return int(self._thread.slot)
+
+    def entries(self) -> list[Entry]:
+        """What is being worked on."""
+        entries = []
+        for at in range(0, SLOTS * _SLOT_BYTES, _SLOT_BYTES):
+            started, stage, count = _HEAD.unpack_from(self._memory, at)
+            if stage:
+                rows = tuple(
+                    _ROW.unpack_from(self._memory, at + _HEAD.size + index * _ROW.size) for index in range(count)
+                )
+                entries.append(Entry(_STAGES[stage - 1], started, rows))
+        return entries
