@@ -57,12 +57,15 @@ def run(
     card: CardFlags = NO_CARD_OPTIONS,
 ) -> int:
     """Predict everything in SOURCE: one row for every object, a prediction or a failure."""
-    from infermill import job, report
-    from infermill.progress import show_progress
+    from infermill.engines import local
 
     _log_to_stderr()
-    existing: job.Existing = "append" if append else "overwrite" if overwrite else "resume"
-    summary = job.run(source, model, output, options, card, show_progress, existing)
+    with local.start(options) as engine:
+        from infermill import job, report  # only now: the workers import at the same time
+        from infermill.progress import show_progress
+
+        existing: job.Existing = "append" if append else "overwrite" if overwrite else "resume"
+        summary = job.run(source, model, output, options, card, show_progress, existing, engine)
     print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
     return _within_budget(f"{summary.failed:,}", summary.failed, summary.planned, options)
 
@@ -78,11 +81,14 @@ def retry(
     options: JobFlags = NO_OPTIONS,
 ) -> int:
     """Predict again what failed for a reason that may pass; the new rows take the place of the old ones."""
-    from infermill import job, report
-    from infermill.progress import show_progress
+    from infermill.engines import local
 
     _log_to_stderr()
-    summary = job.retry(output, model, codes.split(","), options, display=show_progress)
+    with local.start(options) as engine:
+        from infermill import job, report  # only now: the workers import at the same time
+        from infermill.progress import show_progress
+
+        summary = job.retry(output, model, codes.split(","), options, None, show_progress, engine)
     print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
     return _within_budget(f"{summary.failed:,}", summary.failed, summary.planned, options)
 

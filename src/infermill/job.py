@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from infermill.changes import Changes, failed_rows
 from infermill.engines import local
+from infermill.engines.local import Engine
 from infermill.errors import SourceError, StoreError, UsageError
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
@@ -61,6 +62,7 @@ def run(
     card_options: CardOptions | None = None,
     display: Display = nullcontext,
     existing: Existing = "resume",
+    engine: Engine | None = None,
 ) -> Summary:
     """Predict everything in `source`, and account for every object in `output`.
 
@@ -78,6 +80,7 @@ def run(
         existing: what becomes of a job that is there. `resume`: it is finished. `append`: it is finished, the source
             is listed again, what is new is added, and what has changed is predicted again. `overwrite`: it is moved
             aside, into a folder in `output`, and the job starts anew.
+        engine: where the workers run; None starts them on this machine.
 
     Raises:
         ModelError: the card or the network is wrong; raised before the first object is read.
@@ -99,8 +102,8 @@ def run(
     opened = _open(model, options, card_options)
     place, meter = Output(str(output), options), Meter()
     changes: dict[str, Any] = {}
-    with local.start(options) as run_partitions, rereadable(str(source)) as listed, display(meter):
-        driver = _Driver(place, opened, options, meter, run_partitions, started)
+    with _started(engine, options) as running, rereadable(str(source)) as listed, display(meter):
+        driver = _Driver(place, opened, options, meter, running, started)
         now = fingerprint(listed, opened, options)
         record = None if existing == "overwrite" else read_record(place)
         if record is None:
@@ -133,6 +136,7 @@ def retry(
     options: Options | None = None,
     card_options: CardOptions | None = None,
     display: Display = nullcontext,
+    engine: Engine | None = None,
 ) -> Summary:
     """Predict again what failed for a reason that may pass; each new row takes the place of the old one.
 
@@ -146,6 +150,7 @@ def retry(
         options: how it is run; `suffix`, `limit`, `decode` and `max_pixels` are those of the job.
         card_options: None are those that the job was started with.
         display: shows the progress.
+        engine: as in `run`.
 
     Raises:
         UsageError: there is no job, a code is not one of a failure, or `model` is None and the job was started with
@@ -172,8 +177,8 @@ def retry(
     options = record.completed(options)
     opened = _open(model, options, card_options or record.card_options)
     check_same_job(record, fingerprint(None, opened, options), place.uri)
-    with local.start(options) as run_partitions, display(meter):
-        driver = _Driver(place, opened, options, meter, run_partitions, started)
+    with _started(engine, options) as running, display(meter):
+        driver = _Driver(place, opened, options, meter, running, started)
         driver.read_reports(record)
         revision = Revision.write(_failed(driver, record, codes))
         driver.predict(record, (), 0, revision)
@@ -212,6 +217,10 @@ def empty_source(source: str) -> SourceError:
     )
 
 
+def _started(engine: Engine | None, options: Options) -> AbstractContextManager[Engine]:
+    return local.start(options) if engine is None else nullcontext(engine)
+
+
 def _open(model: str | Path | ModelCard, options: Options, card_options: CardOptions) -> Model:
     check_options(options)
     parse_budget(options.max_failures)
@@ -228,7 +237,7 @@ class _Driver:
     model: Model
     options: Options
     meter: Meter
-    run_partitions: local.Run
+    engine: Engine
     started: float
     reports: dict[int, PartitionReport] = field(default_factory=dict)
     has_revised: bool = False
@@ -268,7 +277,7 @@ class _Driver:
             self.place.delete([name])
 
     def _run(self, job: Job, ids: Sequence[int]) -> None:
-        for report in self.run_partitions(job, ids, self.meter):
+        for report in self.engine(job, ids, self.meter):
             self.reports[report.partition] = report
 
     def summary(self, record: Record) -> Summary:

@@ -1,13 +1,5 @@
 """A worker process: it asks for partitions, and answers with their reports.
 
-    driver ──── Task ────► worker      once
-           ◄─── Ask ──────             whenever the pipeline wants another partition
-           ──── Assignment ►           or None, when there is none left
-           ◄─── Counts ───             a few times a second
-           ◄─── Said ─────             a line for the log
-           ◄─── PartitionReport        when its part is there
-           ◄─── Raised or Done         at the end
-
 It ends when the connection does, so that no worker outlives its driver. Ctrl-C is left to the driver.
 """
 
@@ -22,9 +14,9 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+from infermill.engines.messages import Ask, Done, Raised, Said, Task
 from infermill.errors import InfermillError
 from infermill.journal import Journal
 from infermill.meter import Meter
@@ -33,40 +25,6 @@ from infermill.types import Assignment
 from infermill.worker import Job, run_partitions, try_each
 
 TELL_SECONDS = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a worker is for: partitions of a job, or, where `suspects` are given, each of these rows by itself."""
-
-    job: Job
-    suspects: tuple[tuple[int, int], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A worker has room for another partition."""
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A worker has done what it was for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """A line for the log."""
-
-    level: int
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Raised:
-    """An exception on its way to the driver."""
-
-    error: Exception
-    traceback: str
 
 
 class _Driver:

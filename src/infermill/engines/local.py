@@ -20,13 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
-from infermill.engines.child import Ask, Done, Raised, Said, Task
+from infermill.engines.messages import Ask, Done, Raised, Said, Task
 from infermill.errors import InfermillError
 from infermill.journal import Entry, Journal
 from infermill.meter import Counts, Meter
 from infermill.types import Assignment, Failure, FailureCode, Options, PartitionReport
-from infermill.worker import Job
+
+if TYPE_CHECKING:
+    from infermill.worker import Job  # not here: this module is imported first, to start the workers soon
 
 MAX_DEATHS = 3
 "Of workers in a row without a finished partition or a culprit in between, before the job stops."
@@ -36,25 +39,22 @@ _STDERR = 2
 _MAIN = "from infermill.engines.child import main; main()"
 Place = tuple[int, int]
 "A partition and a row in it."
-Run = Callable[[Job, Sequence[int], Meter], Iterator[PartitionReport]]
+Engine = Callable[["Job", Sequence[int], Meter], Iterator[PartitionReport]]
+"Runs the partitions of a job that are named, and yields a report when the part of each is there."
 logger = logging.getLogger("infermill")
 
 
 @contextmanager
-def start(options: Options) -> Iterator[Run]:
-    """Start `options.workers` workers, which import their libraries while the driver plans.
-
-    Yields:
-        A function that runs the partitions `ids` of a job, and yields a report when the part of each is there.
-    """
-    engine = _Engine(options)
+def start(options: Options) -> Iterator[Engine]:
+    """Start `options.workers` workers, which import their libraries while the driver imports its own, and plans."""
+    workers = _Workers(options)
     try:
-        yield engine.run
+        yield workers.run
     finally:
-        engine.stop()
+        workers.stop()
 
 
-class _Engine:
+class _Workers:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class _Engine:
         self.is_stopped = False
         self._idle = [self._spawn() for _ in range(options.workers)]
 
-    def run(self, job: Job, ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
+    def run(self, job: "Job", ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
         board = _Board(ids)
         events: queue.SimpleQueue[PartitionReport | BaseException | None] = queue.SimpleQueue()
         running = min(self._options.workers, len(ids))
@@ -229,13 +229,13 @@ class _Supervisor:
 
     def __init__(
         self,
-        engine: _Engine,
-        job: Job,
+        workers: _Workers,
+        job: "Job",
         board: _Board,
         meter: Meter,
         events: "queue.SimpleQueue[PartitionReport | BaseException | None]",
     ) -> None:
-        self._engine = engine
+        self._workers = workers
         self._job = job
         self._board = board
         self._meter = meter
@@ -245,8 +245,8 @@ class _Supervisor:
     def run(self) -> None:
         try:
             while True:
-                death, lost = self._serve(self._engine.child())
-                if self._engine.is_stopped:
+                death, lost = self._serve(self._workers.child())
+                if self._workers.is_stopped:
                     return
                 if death is not None:
                     self._board.give_back(lost, self._verdicts(death))
@@ -316,7 +316,7 @@ class _Supervisor:
         return verdicts
 
     def _try_each(self, suspects: Sequence[Place]) -> _Death | None:
-        child = self._engine.child()
+        child = self._workers.child()
         child.answer(Task(self._job, tuple(suspects)))
         for message in child.messages(self._job.options.item_timeout):
             if isinstance(message, Raised):

@@ -1,0 +1,50 @@
+"""What a driver and its workers say to each other.
+
+driver ──── Task ────► worker      once
+       ◄─── Ask ──────             whenever the pipeline wants another partition
+       ──── Assignment ►           or None, when there is none left
+       ◄─── Counts ───             a few times a second
+       ◄─── Said ─────             a line for the log
+       ◄─── PartitionReport        when its part is there
+       ◄─── Raised or Done         at the end
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infermill.worker import Job  # which imports all that a worker needs, and a driver does not
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker is for: partitions of a job, or, where `suspects` are given, each of these rows by itself."""
+
+    job: "Job"
+    suspects: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A worker has room for another partition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A worker has done what it was for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A line for the log."""
+
+    level: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """An exception on its way to the driver."""
+
+    error: Exception
+    traceback: str
