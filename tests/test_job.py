@@ -18,8 +18,7 @@ from PIL import Image
 
 import infermill
 from infermill import Options
-from infermill.errors import JobMismatchError, ModelError, SourceError, UsageError
-from infermill.job import parse_budget
+from infermill.errors import JobMismatchError, ModelError, SourceError
 from infermill.meter import Meter
 from tests.networks import tiny_classifier
 from tests.servers import Answer, ScriptedStore
@@ -422,19 +421,6 @@ def test_batches_are_the_rows(card: Path, photos: Path, tmp_path: Path) -> None:
     batches = list(infermill.read_batches(tmp_path / "out"))
     assert len(batches) == 4
     assert pa.Table.from_batches(batches).equals(infermill.read(tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    ("text", "planned", "allowed"), [("10", 2000, 10), ("1%", 2000, 20), ("0", 5, 0), ("0.5%", 1000, 5), (None, 7, 7)]
-)
-def test_a_budget_is_a_number_or_a_share(text: str | None, planned: int, allowed: float) -> None:
-    assert parse_budget(text)(planned) == allowed
-
-
-@pytest.mark.parametrize("text", ["many", "-1", "nan", "1%%", "inf", ""])
-def test_another_budget_is_bad_usage(text: str) -> None:
-    with pytest.raises(UsageError, match="--max-failures"):
-        parse_budget(text)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

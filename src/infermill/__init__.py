@@ -7,7 +7,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from infermill.audit import JobStatus, Verification, status, verify
-    from infermill.errors import InfermillError, JobMismatchError, ModelError, SourceError, StoreError, UsageError
+    from infermill.errors import (
+        BudgetError,
+        InfermillError,
+        JobMismatchError,
+        ModelError,
+        SourceError,
+        StoreError,
+        UsageError,
+    )
     from infermill.estimation import Estimate, estimate
     from infermill.job import retry, run
     from infermill.models.card import ModelCard
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
     from infermill.types import CardOptions, Failure, Options, Summary
 
 _HOMES = {
+    "BudgetError": "errors",
     "CardOptions": "types",
     "Estimate": "estimation",
     "Failure": "types",
@@ -43,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BudgetError",
     "CardOptions",
     "Estimate",
     "Failure",

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.validators import mutually_exclusive
 
 from infermill import __version__
-from infermill.errors import InfermillError, UsageError
+from infermill.errors import BudgetError, InfermillError, UsageError
 from infermill.types import RETRYABLE, CardOptions, Options, StoreOptions
 
 app = App(
@@ -39,8 +39,8 @@ Output = Annotated[str, Parameter(help="The folder or URI that `run` wrote to.")
 NO_OPTIONS = Options()
 NO_STORE_OPTIONS = StoreOptions()
 NO_CARD_OPTIONS = CardOptions()
-OVER_BUDGET = 3
 INTERRUPTED = 130
+_POLL_SECONDS = 0.1
 
 
 @app.command
@@ -137,13 +137,12 @@ def plan(
 
 
 def _within_budget(count: str, failed: int, planned: int, options: Options) -> int:
-    from infermill import job, report
+    from infermill.budget import Budget
 
-    if failed <= job.parse_budget(options.max_failures)(planned):
+    if Budget.parse(options.max_failures).allows(failed, planned):
         return 0
     message = f"{count} of {planned:,} objects fail, more than --max-failures {options.max_failures}"
-    report.print_problem(message, "each has a row with its reason in the column `error`")
-    return OVER_BUDGET
+    return _complain(BudgetError(message, "each has a row with its reason in the column `error`"))
 
 
 @app.command
@@ -194,7 +193,8 @@ def main() -> None:
     command = Thread(target=lambda: codes.insert(0, _run_command()), name="command", daemon=True)
     command.start()
     try:
-        command.join()
+        while command.is_alive():
+            command.join(_POLL_SECONDS)  # a signal may reach another thread, which does not wake this one
     except KeyboardInterrupt:
         # A job survives a crash at any moment, so this is one: no thread is waited for.
         _complain(InfermillError("stopped", "finished parts stay: `infermill run` with the same arguments resumes"))

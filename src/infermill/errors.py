@@ -4,6 +4,7 @@ InfermillError              exit 1; message, and a hint that says what to do nex
 ├── UsageError              exit 2; the command or a setting cannot be right
 │   ├── ModelError          the model card, or the network that it names
 │   └── JobMismatchError    the output holds another job
+├── BudgetError             exit 3; more objects fail than the budget allows; the job can be resumed
 ├── SourceError             the source cannot be listed, or holds nothing
 └── StoreError              a store refuses or does not answer; the job stops and can be resumed
 
@@ -40,6 +41,12 @@ class ModelError(UsageError):
 
 class JobMismatchError(UsageError):
     """The output holds a job with another fingerprint."""
+
+
+class BudgetError(InfermillError):
+    """More objects fail than the budget allows. What is finished stays, and the job can be resumed."""
+
+    exit_code = 3
 
 
 class SourceError(InfermillError):

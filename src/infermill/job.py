@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
+from infermill.budget import Budget
 from infermill.changes import Changes, failed_rows
 from infermill.engines import local
 from infermill.engines.local import Engine
@@ -87,6 +88,7 @@ def run(
         JobMismatchError: `output` holds a job with another fingerprint.
         SourceError: `source` does not exist, cannot be listed, or is empty.
         StoreError: a store refuses or does not answer; what is finished stays, and the same call resumes.
+        BudgetError: more objects fail than `options.max_failures` allows, whatever becomes of the rest.
 
     Example:
         >>> run("photos/", "model.yaml", "out/", Options(limit=1000)).failed  # doctest: +SKIP
@@ -186,23 +188,6 @@ def retry(
     return replace(driver.summary(record), retried=Revision(revision).objects)
 
 
-def parse_budget(text: str | None) -> Callable[[int], float]:
-    """How many of `planned` objects may fail, from `10`, `1%` or None (all of them).
-
-    Raises:
-        UsageError: it is neither a number nor a percentage.
-    """
-    if text is None:
-        return lambda planned: planned
-    try:
-        number = float(text.removesuffix("%"))
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise UsageError(f"--max-failures {text} is neither a number nor a percentage", "write 10, or 1%")
-    return (lambda planned: planned * number / 100) if text.endswith("%") else (lambda _: number)
-
-
 def tell_assumptions(model: Model) -> None:
     """Say what was guessed of a model."""
     for line in model.assumptions:
@@ -223,7 +208,7 @@ def _started(engine: Engine | None, options: Options) -> AbstractContextManager[
 
 def _open(model: str | Path | ModelCard, options: Options, card_options: CardOptions) -> Model:
     check_options(options)
-    parse_budget(options.max_failures)
+    Budget.parse(options.max_failures)
     opened = open_model(model, options, card_options)
     tell_assumptions(opened)
     return opened
@@ -277,8 +262,15 @@ class _Driver:
             self.place.delete([name])
 
     def _run(self, job: Job, ids: Sequence[int]) -> None:
+        budget = Budget.parse(self.options.max_failures)
+        failed = sum(report.failed for report in self.reports.values())
+        settled = failed + sum(report.ok for report in self.reports.values())
         for report in self.engine(job, ids, self.meter):
+            if report.partition not in self.reports:
+                failed += report.failed
+                settled += report.ok + report.failed
             self.reports[report.partition] = report
+            budget.check(failed, settled, job.objects)
 
     def summary(self, record: Record) -> Summary:
         """What is known of the job by now."""
