@@ -193,3 +193,15 @@ def test_threads_that_start_together_open_the_store_once(
     with ThreadPoolExecutor(16) as pool:
         assert set(pool.map(together, range(16))) == {b"cat"}
     assert (tmp_path / "asked").read_text() == "asked\n"
+
+
+def test_a_folder_that_is_gone_stops_the_job(tmp_path: Path) -> None:
+    """A disk that is not mounted any more says nothing of its files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    fetch = fetcher(Source(str(folder)), StoreOptions())
+    with pytest.raises(BadInputError):
+        fetch(ObjectRef("a.jpg"))
+    folder.rmdir()
+    with pytest.raises(StoreError, match="photos is not there any more"):
+        fetch(ObjectRef("a.jpg"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 import infermill
 from infermill import Options
@@ -62,6 +63,8 @@ real = onnxruntime.InferenceSession.run
 
 def run(self, names, feed, *args):
     (batch,) = feed.values()
+    if (batch == 77).all(axis=(1, 2, 3)).any():
+        ctypes.PyDLL(None).pause()  # PyDLL: and holds the GIL
     if (batch == 255).all(axis=(1, 2, 3)).any():
         ctypes.string_at(0)
     if len(batch) > 2 and (batch == 0).all(axis=(1, 2, 3)).any():
@@ -144,8 +147,6 @@ def test_poison_of_the_network_is_found_in_its_batch(
 ) -> None:
     poison(POISONED_RUNTIME)
     write(photos, 30, {})
-    from PIL import Image
-
     Image.new("RGB", (32, 32), "white").save(photos / "white.png")
     summary = infermill.run(photos, card, tmp_path / "out", Options(runtime="onnxruntime"))
     assert (summary.ok, summary.failures_by_code) == (30, {"native_crash": 1})
@@ -153,13 +154,19 @@ def test_poison_of_the_network_is_found_in_its_batch(
     assert error["stage"] == "predict"
 
 
+def test_a_network_that_hangs_is_ended(photos: Path, card: Path, tmp_path: Path, poison: Callable[[str], None]) -> None:
+    poison(POISONED_RUNTIME)
+    write(photos, 20, {})
+    Image.new("RGB", (32, 32), (77, 77, 77)).save(photos / "grey.png")
+    summary = infermill.run(photos, card, tmp_path / "out", Options(runtime="onnxruntime", item_timeout=1.0))
+    assert (summary.ok, summary.failures_by_code) == (20, {"timeout": 1})
+
+
 def test_a_runtime_out_of_memory_goes_on_with_smaller_batches(
-    photos: Path, card: Path, tmp_path: Path, poison: Callable[[str], None], caplog: pytest.LogCaptureFixture
+    photos: Path, card: Path, tmp_path: Path, poison: Callable[[str], None]
 ) -> None:
     poison(POISONED_RUNTIME)
     write(photos, 30, {})
-    from PIL import Image
-
     Image.new("RGB", (32, 32), "black").save(photos / "black.png")
     summary = infermill.run(photos, card, tmp_path / "out", Options(runtime="onnxruntime", threads=1))
     assert (summary.ok, summary.failed) == (31, 0)
@@ -241,6 +248,48 @@ def test_workers_end_with_their_driver(slow_job: "subprocess.Popen[str]") -> Non
     slow_job.kill()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
+
+
+def test_a_worker_that_hangs_ends_with_its_driver(
+    photos: Path, tmp_path: Path, card: Path, poison: Callable[[str], None]
+) -> None:
+    """Though no thread of it can run Python any more."""
+    poison(POISON)
+    write(photos, 1, {0: b"HANG"})
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("infermill")), "run", "photos", "-m", "model.yaml", "-o", "out"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "ONCE": ""},
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until((tmp_path / "out/_infermill/job.json").exists)
+    time.sleep(2)
+    (worker,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    _, alive = psutil.wait_procs([worker], timeout=5)
+    assert not alive
+
+
+def test_ctrl_c_in_a_terminal_is_for_the_driver(tmp_path: Path, photos: Path, card: Path) -> None:
+    """A terminal sends it to all processes of the foreground group, the workers' imports not excepted."""
+    write(photos, 3, {})
+    for moment in (0.3, 0.5, 0.8):
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("infermill")), "run", "photos", "-m", "model.yaml", "-o", "out"],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            process_group=0,
+        )
+        wait_until(lambda: bool(psutil.Process(process.pid).children()))  # noqa: B023
+        time.sleep(moment - 0.3)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert error.startswith("error: stopped\n")
+        assert "Traceback" not in error
 
 
 def test_a_worker_that_is_killed_costs_nothing(slow_job: "subprocess.Popen[str]") -> None:

@@ -130,11 +130,13 @@ def test_nothing_else_is_left_in_the_folder(tmp_path: Path) -> None:
     assert files_in(tmp_path) == ["part-00000.parquet"]
 
 
-def test_a_killed_writer_leaves_no_half_file_that_a_reader_would_see(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_killed_writer_leaves_no_half_file_that_a_reader_would_see(tmp_path: Path, nameless: bool) -> None:
     program = (
         "from infermill.output import Output, part_name\n"
         "from infermill.types import StoreOptions\n"
-        "import hashlib\n"
+        "import hashlib, os\n"
+        f"{'' if nameless else 'del os.O_TMPFILE'}\n"
         f"output = Output({str(tmp_path)!r}, StoreOptions())\n"
         "for number in range(100_000):\n"
         "    body = number.to_bytes(4, 'big') * 1_000_000\n"
@@ -142,7 +144,7 @@ def test_a_killed_writer_leaves_no_half_file_that_a_reader_would_see(tmp_path: P
     )
     worker = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 60
-    while not (list(tmp_path.glob("part-00001.*")) and list(tmp_path.glob(".*"))):
+    while not (list(tmp_path.glob("part-00001.*")) and (nameless or list(tmp_path.glob(".*")))):
         assert time.monotonic() < deadline
     worker.send_signal(signal.SIGKILL)
     assert worker.wait() == -signal.SIGKILL
@@ -151,7 +153,7 @@ def test_a_killed_writer_leaves_no_half_file_that_a_reader_would_see(tmp_path: P
         content = part.read_bytes()
         assert content[:32] == hashlib.sha256(content[32:]).digest()
     hidden = [name for name in os.listdir(tmp_path) if name.startswith(".")]  # noqa: PTH208
-    assert len(hidden) <= 1
+    assert len(hidden) <= (0 if nameless else 1)
     assert len(os.listdir(tmp_path)) == len(parts) + len(hidden)  # noqa: PTH208
     # The next worker goes on as if nothing had been there.
     output = Output(str(tmp_path), StoreOptions())

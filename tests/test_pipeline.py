@@ -300,6 +300,27 @@ def test_a_batch_without_memory_is_halved(fits: int) -> None:
     assert meter.halved_batches == {1: 3, 3: 1, 0: 3}[fits]
 
 
+def test_a_fixed_batch_without_memory_is_not_halved() -> None:
+    """It would be padded to its length again."""
+
+    def predict(batch: NDArray[np.uint8]) -> Arrays:
+        if (batch == 2).all(axis=(1, 2, 3)).any():
+            raise MemoryError("no memory")
+        return _predict(batch)
+
+    meter = Meter()
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(12)]
+    (rows,) = run_pipeline([Share(0, refs)], _with(predict=predict, streams=1, is_fixed=True), meter)
+    assert {failure.code for failure in rows.failures.values()} == {"oom"}
+    assert len(rows.failures) == NETWORK.batch_size
+    assert meter.halved_batches == 0
+
+
+def test_a_partition_without_rows_is_finished_at_once() -> None:
+    shares = [Share(number, []) for number in range(3 * pipeline.OPEN_PARTITIONS)]
+    assert len(list(run_pipeline(shares, STAGES, Meter()))) == len(shares)
+
+
 def test_decoding_without_memory_is_a_row() -> None:
     def decode(data: bytes) -> NDArray[np.uint8]:
         if data == b"good-2":

@@ -219,3 +219,9 @@ def peak_bytes(objects: int) -> int:
 
 def test_memory_does_not_grow_with_the_listing() -> None:
     assert peak_bytes(400_000) < 1.3 * peak_bytes(100_000)
+
+
+def test_a_revision_leaves_out_partitions_whose_rows_are_superseded_already() -> None:
+    row = pa.Table.from_pylist([{"row": 3, "key": "a", "size": 1, "etag": None}], REVISION_SCHEMA)
+    revision = Revision(Revision.write([(7, row.slice(0, 0)), (8, row)]))
+    assert (revision.partitions, revision.objects) == ([8], 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from infermill.budget import Budget
 from infermill.job import empty_source, tell_assumptions
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
@@ -48,6 +49,7 @@ def estimate(
     """
     options = options or Options()
     check_options(options)
+    Budget.parse(options.max_failures)
     resolved = open_model(model, options, card_options or CardOptions())
     tell_assumptions(resolved)
     started = time.monotonic()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from obstore import Bytes
 from obstore.exceptions import PreconditionError
 
-from infermill.errors import BadInputError
+from infermill.errors import BadInputError, StoreError
 from infermill.hosts import is_web
 from infermill.patience import is_passing, patiently
 from infermill.stores import (
@@ -45,6 +45,17 @@ MAX_OBJECT_BYTES = 1 << 30
 DENIED_AT_FIRST = 64
 "Where no object could be read, so many may be denied before the credentials are at fault."
 WITNESS_SECONDS = 10.0
+# Of the machine or a network file system, and not of one file.
+_FAULTS = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ENODEV,
+    errno.EHOSTDOWN,
+}
 _ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 
 
@@ -68,6 +79,7 @@ def fetcher(source: Source, options: StoreOptions) -> Fetch:
         return _Bucket(Location(scheme, container, ""), options)
 
     root = locate(source.root)
+    folder = None if source.keys_are_uris else Path(root.uri)
     fetch_url = web_fetcher(options, MAX_OBJECT_BYTES)
 
     def fetch(ref: ObjectRef, reserve: Reserve = lambda _: None, /) -> "ReadableBuffer":
@@ -75,7 +87,7 @@ def fetcher(source: Source, options: StoreOptions) -> Fetch:
             return fetch_url(ref.key, ref.etag, reserve)
         place = place_of(ref.key, source, root)
         if place.is_local:
-            return _read_file(place.uri, ref, reserve)
+            return _read_file(place.uri, ref, reserve, folder)
         with opening:
             bucket = bucket_of(place.scheme, place.container)
         return bucket.get(place, ref.etag, reserve)
@@ -202,7 +214,7 @@ def _open_exactly(client: Any, bucket: str, key: str, etag: str | None) -> _Open
     return _Opened(answer["ContentLength"], read, answer["Body"].close)
 
 
-def _read_file(path: str, ref: ObjectRef, reserve: Reserve) -> bytes:
+def _read_file(path: str, ref: ObjectRef, reserve: Reserve, folder: Path | None) -> bytes:
     try:
         with open_file(path, ref.key) as file:
             status = os.fstat(file.fileno())
@@ -211,14 +223,21 @@ def _read_file(path: str, ref: ObjectRef, reserve: Reserve) -> bytes:
             if ref.etag and etag_of(status) != ref.etag:
                 raise BadInputError("fetch", "changed", "it was overwritten after the source was listed")
             _admit(status.st_size, reserve)
-            return file.read()
+            content = file.read()
+            if len(content) != status.st_size:
+                raise BadInputError("fetch", "changed", "it was cut short while it was read")
+            return content
     except (FileNotFoundError, NotADirectoryError):
+        if folder is not None and not folder.exists():
+            raise StoreError(f"{folder} is not there any more", "mount it again; the same command resumes") from None
         raise BadInputError("fetch", "missing", "it is not there any more") from None
     except ValueError:
         raise BadInputError("fetch", "missing", "no file has a name with a null character") from None
     except OSError as error:
-        if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+        if error.errno in _FAULTS:
             raise explain(error, path) from None
+        if error.errno == errno.EIO:
+            raise BadInputError("fetch", "store", "the disk cannot read it") from None
         raise BadInputError("fetch", "unreadable", error.strerror or str(error)) from None
 
 

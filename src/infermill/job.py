@@ -247,30 +247,32 @@ class _Driver:
         self.meter.todo = self.meter.objects + objects + revised.objects
         if not (ids or revised.objects):
             return
-        self.withdraw_success()
         job = Job(record.source, self.model, self.place.uri, self.options, record.plans)
         if not revised.objects:
-            self._run(job, ids)
+            self.withdraw_success()
+            self._run(job, ids, record.objects)
             return
-        self.has_revised = True
         self.place.probe_update()
+        self.withdraw_success()
+        self.has_revised = True
         name = f"{FOLDER}/revisions/{uuid.uuid4().hex}.parquet"
         self.place.create(name, revision)
         try:
-            self._run(replace(job, revision=name), [*ids, *revised.partitions])
+            self._run(replace(job, revision=name), [*ids, *revised.partitions], record.objects)
         finally:
             self.place.delete([name])
 
-    def _run(self, job: Job, ids: Sequence[int]) -> None:
+    def _run(self, job: Job, ids: Sequence[int], planned: int) -> None:
         budget = Budget.parse(self.options.max_failures)
         failed = sum(report.failed for report in self.reports.values())
         settled = failed + sum(report.ok for report in self.reports.values())
         for report in self.engine(job, ids, self.meter):
-            if report.partition not in self.reports:
-                failed += report.failed
-                settled += report.ok + report.failed
+            was = self.reports.get(report.partition)
             self.reports[report.partition] = report
-            budget.check(failed, settled, job.objects)
+            failed += report.failed - (was.failed if was else 0)
+            settled += 0 if was else report.ok + report.failed
+            if was is None:  # superseding rows can only better it
+                budget.check(failed, settled, planned)
 
     def summary(self, record: Record) -> Summary:
         """What is known of the job by now."""
@@ -301,13 +303,13 @@ class _Driver:
 
     def withdraw_success(self) -> None:
         """Say no more that the job is finished."""
-        if self.place.read(SUCCESS_FILE) is not None:
-            self.place.remove([SUCCESS_FILE])
+        self.place.remove([SUCCESS_FILE])
 
     def declare_success(self, record: Record) -> None:
         """Leave a _SUCCESS with the totals, if every object of the plan is accounted for."""
         current = self.place.read(SUCCESS_FILE)
-        if not self.has_revised and len(self.reports) == record.partitions:
+        others_appended = (read_record(self.place) or record).plans != record.plans
+        if not self.has_revised and not others_appended and len(self.reports) == record.partitions:
             content = self._success(record)
             if current is None and self.place.create(SUCCESS_FILE, json.dumps(content).encode()):
                 return
@@ -367,6 +369,8 @@ def _append(driver: _Driver, source: str, named: str, record: Record) -> tuple[R
         )
         plan = NewPlan(place, tables, record.partitions)
         driver.meter.spend("list", time.perf_counter() - started)
+        if changes.changed:
+            place.probe_update()
         if changes.new:
             driver.withdraw_success()
             record = append_record(place, plan, record, named)

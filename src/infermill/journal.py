@@ -37,6 +37,13 @@ class Entry:
     rows: tuple[tuple[int, int], ...]
 
 
+def _memory_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("infermill-journal")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
 class Journal:
     """A page of slots in shared memory; the file behind it has no name, and is gone with the last process that has it.
 
@@ -51,8 +58,7 @@ class Journal:
 
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
-            with tempfile.TemporaryFile() as file:
-                descriptor = os.dup(file.fileno())
+            descriptor = _memory_file()
             os.ftruncate(descriptor, SLOTS * _SLOT_BYTES)
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, SLOTS * _SLOT_BYTES)

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import obstore
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from infermill.errors import StoreError, UsageError
@@ -39,6 +41,16 @@ SUCCESS_FILE = "_SUCCESS"
 LOCK_FILE = "_infermill/lock"
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 Taken = TypeVar("Taken")
+# File systems without O_TMPFILE or without hard links, kernels that do not know it, and systems without /proc.
+_NO_NAMELESS_FILES = {
+    errno.EOPNOTSUPP,
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.ENOENT,
+    errno.ENOSYS,
+    errno.EPERM,
+    errno.EXDEV,
+}
 
 
 class Output:
@@ -321,7 +333,7 @@ class Output:
                 raise StoreError(f"{self.uri}/{name} is gone", "`infermill run` with the same arguments restores it")
             whole, previous = self._part_of(name, content, notes)
             order = np.arange(whole.num_rows)
-            order[rows] = whole.num_rows + np.arange(table.num_rows)
+            order[rows] = np.where(_is_late(whole.take(rows), table), rows, whole.num_rows + np.arange(table.num_rows))
             whole = pa.concat_tables([whole, table]).combine_chunks().take(order)
             revised = revised_report(whole, previous, report)
             return part_content(whole, revised, notes)
@@ -443,17 +455,46 @@ def _tables(output: str | os.PathLike[str], options: StoreOptions | None) -> Ite
         raise UsageError(f"{place.uri} holds no part-*.parquet", "name the folder that `infermill run -o` wrote")
 
 
+def _is_late(old: pa.Table, new: pa.Table) -> NDArray[np.bool_]:
+    """Where a prediction would give way to `changed`: another driver has listed the object later."""
+    is_predicted = old["error"].combine_chunks().is_null()
+    is_changed = pc.equal(pc.struct_field(new["error"].combine_chunks(), "code"), "changed").fill_null(False)
+    return np.asarray(pc.and_(is_predicted, is_changed))
+
+
 def _create_locally(path: Path, content: bytes) -> bool:
     """A private file, made durable and then linked to its name: there whole, or not at all, after a crash too."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    if _link_nameless(path, content):
+        return True
     with _private_file(path, content) as private:
         try:
             os.link(private, path)
         except PermissionError:  # the private file was written, so that it is not this
             raise OSError(errno.ENOTSUP, "the file system does not support hard links") from None
+    return True
+
+
+def _link_nameless(path: Path, content: bytes) -> bool:
+    """The same by a file that has no name before it is linked, and leaves nothing behind; False where there is none."""
+    if not hasattr(os, "O_TMPFILE"):
+        return False
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with os.fdopen(os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.link(f"/proc/self/fd/{file.fileno()}", path.name, dst_dir_fd=folder, follow_symlinks=True)
+    except OSError as error:
+        if error.errno in _NO_NAMELESS_FILES:
+            return False
+        raise
+    finally:
+        os.close(folder)
     return True
 
 

@@ -62,7 +62,7 @@ def patiently(ask: Callable[[], Answer], uri: str, options: StoreOptions) -> Ans
             nothing is found at the store's address, and never was.
     """
     patience = Patience(options.store_deadline)
-    server = (options.endpoint_url, uri.partition("://")[2].partition("/")[0])
+    server = _server(uri, options)
     while True:
         try:
             answer = ask()
@@ -89,6 +89,15 @@ def is_passing(error: Exception) -> bool:
 def is_unreached(error: Exception) -> bool:
     """Whether nothing was found at the store's address."""
     return isinstance(error, ConnectionRefusedError) or "kind: Connect," in str(error)
+
+
+def has_answered(uri: str, options: StoreOptions) -> None:
+    """The store at `uri` is known to be there: another process has reached it."""
+    _answered.add(_server(uri, options))
+
+
+def _server(uri: str, options: StoreOptions) -> _Server:
+    return options.endpoint_url, uri.partition("://")[2].partition("/")[0]
 
 
 def _tell(error: Exception, uri: str, server: _Server) -> None:

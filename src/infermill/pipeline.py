@@ -96,6 +96,8 @@ class Network:
     batch_size: int
     is_on_cores: bool = True
     "It computes on the cores that decode, and not on a device of its own."
+    is_fixed: bool = False
+    "Shorter batches cost as much as full ones."
 
 
 Watch = Callable[[Literal["decode", "predict"], Sequence[tuple[int, int]]], AbstractContextManager[None]]
@@ -243,6 +245,8 @@ class _Pipeline:
                 if self._stopping.is_set():
                     raise _StoppedError
             rows = PartitionRows(partition, refs)
+            if rows.is_finished:  # without a row
+                self._finished.put(rows)
             for row in range(len(refs)):
                 if row in verdicts:
                     self._fail(_Input(rows, row), verdicts[row])
@@ -358,8 +362,9 @@ class _Pipeline:
         try:
             values, finite = network.finish(network.predict(np.stack([one.image for one in batch])))
         except MemoryError as error:
-            if len(batch) == 1:
-                self._fail(batch[0].item, Failure("predict", "oom", str(error) or "no memory for one image"))
+            if len(batch) == 1 or network.is_fixed:
+                for item, _ in batch:
+                    self._fail(item, Failure("predict", "oom", str(error) or "no memory for the smallest batch"))
                 return
             half = len(batch) // 2
             with self._lock:

@@ -205,6 +205,8 @@ class Revision:
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, REVISION_SCHEMA, compression="zstd", write_statistics=False) as writer:
             for number, table in revised:
+                if not table.num_rows:  # another driver has superseded them
+                    continue
                 writer.write_table(table, row_group_size=table.num_rows)
                 numbers.append(number)
             writer.add_key_value_metadata({_REVISED_KEY.decode(): json.dumps(numbers)})

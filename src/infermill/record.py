@@ -286,7 +286,7 @@ def move_aside(place: Output, keep: Iterable[str] = ()) -> str | None:
         [name for name in place.names() if name == SUCCESS_FILE],
         list(place.parts().values()),
         *([f"{FOLDER}/{name}"] for name in appends),
-        [JOB_FILE] if "job.json" in inside else [],
+        [JOB_FILE] if Path(JOB_FILE).name in inside else [],
         [name for name in (f"{PLAN_FOLDER}/{file}" for file in place.names(PLAN_FOLDER)) if name not in kept],
     ]
     for names in steps:

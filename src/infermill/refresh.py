@@ -14,6 +14,8 @@ from infermill.patience import is_passing, patiently
 from infermill.stores import (
     STORE_ERRORS,
     Location,
+    boto3_errors,
+    error_code,
     etag_of,
     explain,
     is_nameable,
@@ -58,7 +60,8 @@ def refresher(source: Source, options: StoreOptions) -> Callable[[pa.Table], pa.
                     status = os.fstat(file.fileno())
                 return status.st_size, etag_of(status)
             if not is_nameable(place.path):
-                return _look_exactly(*client_of(place.scheme, place.container), place.path, known)
+                bucket, client = client_of(place.scheme, place.container)
+                return patiently(lambda: _look_exactly(bucket, client, place.path), place.uri, options)
             store = store_of(place.scheme, place.container)
             meta = patiently(lambda: store.head(place.path), place.uri, options)
         except (FileNotFoundError, NotADirectoryError):
@@ -66,7 +69,7 @@ def refresher(source: Source, options: StoreOptions) -> Callable[[pa.Table], pa.
         except STORE_ERRORS as error:
             if is_passing(error):
                 raise explain(error, place.uri) from None
-            return UNKNOWN
+            return known if error_code(error) == "404" else UNKNOWN
         return meta["size"], meta["e_tag"]
 
     def refreshed(rows: pa.Table) -> pa.Table:
@@ -83,11 +86,7 @@ def refresher(source: Source, options: StoreOptions) -> Callable[[pa.Table], pa.
     return refreshed
 
 
-def _look_exactly(bucket: str, client: Any, key: str, known: Version) -> Version:
-    from botocore.exceptions import ClientError
-
-    try:
+def _look_exactly(bucket: str, client: Any, key: str) -> Version:
+    with boto3_errors():
         meta = client.head_object(Bucket=bucket, Key=key)
-    except ClientError as error:
-        return known if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404 else UNKNOWN
     return meta["ContentLength"], meta["ETag"]

@@ -48,6 +48,8 @@ def summary_text(summary: Summary) -> str:
         )
     if summary.retried is not None:
         lines.append(Text(f"{summary.retried:,} predicted again"))
+    if summary.halved_batches:
+        lines.append(Text(f"memory ran out {summary.halved_batches:,} times; batches were halved", style="yellow"))
     if summary.failures_by_code:
         lines += ["", _failures(summary.failures_by_code, summary.example_keys)]
     if summary.model_loads:

@@ -20,7 +20,7 @@ FailureCode = Literal[
     "oom",  # there was no memory for it
     "timeout",  # it took longer than `item_timeout`
 ]
-RETRYABLE: tuple[FailureCode, ...] = ("missing", "store", "native_crash", "oom", "timeout")
+RETRYABLE: tuple[FailureCode, ...] = ("missing", "unreadable", "store", "native_crash", "oom", "timeout")
 "Failures that may pass: predicting the same object once more can end otherwise."
 Task = Literal["classification", "embedding", "raw"]
 MAX_PIXELS = 178_956_970
@@ -85,7 +85,7 @@ class Options(StoreOptions):
     workers: int = 1
     "Worker processes, each with the network loaded and its share of the cores."
     item_timeout: float = 300.0
-    "Seconds that decoding or predicting one object may take before it is a failure."
+    "Seconds that decoding an object, or predicting a batch, may take before it is a failure."
     max_pixels: int = MAX_PIXELS
     "Images with more pixels than this are failures, told before they are decoded."
     max_failures: str | None = None
@@ -170,7 +170,7 @@ class Summary:
     predicted again; null where nothing was appended or retried.
 
     `seconds` is wall time of this run. `stage_seconds` are thread-seconds of this run: time spent busy in
-    each stage summed over its threads, and `idle`, the time in which a predict thread waited for input.
+    each stage summed over its threads, and `idle`, the time in which a compute thread had nothing to do.
     """
 
     planned: int

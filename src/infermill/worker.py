@@ -9,8 +9,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from infermill.decode.image import image_decoder
-from infermill.errors import BadInputError, UsageError
+from infermill.errors import BadInputError, StoreError, UsageError
 from infermill.fetch import fetcher
+from infermill.hosts import AllowList
 from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.output import PLAN_FOLDER, Output
@@ -18,7 +19,7 @@ from infermill.parts import rows_table
 from infermill.pipeline import Network, PartitionRows, Share, Stages, Watch, run_pipeline, unwatched
 from infermill.plan import PlanInfo, Revision, partition_reader
 from infermill.predictions import TaskRows, rows_for
-from infermill.runtimes import Predictor, load
+from infermill.runtimes import MODULES, Predictor, load
 from infermill.types import Assignment, ObjectRef, Options, PartitionReport, Source
 
 FETCH_THREADS = 4
@@ -44,14 +45,6 @@ class Job:
     def notes(self) -> dict[str, str]:
         """What tells this job's parts from those of others; written into each."""
         return {"plan": self.plans[0].plan_id, "digest": self.model.digest}
-
-    @property
-    def partitions(self) -> int:
-        return self.plans[-1].end
-
-    @property
-    def objects(self) -> int:
-        return sum(plan.objects for plan in self.plans)
 
 
 def run_partitions(
@@ -93,7 +86,11 @@ def run_partitions(
     finished = run_pipeline(shares, stages, meter)
     # Left in this order: after an error, the pipeline stops before the last writes are waited for.
     with ThreadPoolExecutor(WRITE_THREADS, "write") as pool, closing(finished):
-        yield from _bounded(pool.submit(write, rows) for rows in finished)
+        try:
+            yield from _bounded(pool.submit(write, rows) for rows in finished)
+        except StoreError:
+            pool.shutdown(wait=False, cancel_futures=True)  # or each of them would wait for the same store
+            raise
 
 
 def try_each(job: Job, places: Sequence[tuple[int, int]], watch: Watch) -> None:
@@ -131,11 +128,23 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
+    if not 0 < options.item_timeout < float("inf"):
+        raise UsageError(f"--item-timeout {options.item_timeout} is no number of seconds", "leave it out for 300")
+    if options.runtime not in MODULES:
+        raise UsageError(f"there is no runtime {options.runtime!r}", f"choose one of {', '.join(MODULES)}")
+    AllowList(options.allow_host)
 
 
 def network_of(predictor: Predictor, tasks: TaskRows) -> Network:
     """A predictor and its task, as the pipeline runs them."""
-    return Network(predictor, tasks.finish, predictor.streams, predictor.batch_size, predictor.device == "cpu")
+    return Network(
+        predictor,
+        tasks.finish,
+        predictor.streams,
+        predictor.batch_size,
+        is_on_cores=predictor.device == "cpu",
+        is_fixed=predictor.is_fixed,
+    )
 
 
 def stages_of(

@@ -1,8 +1,9 @@
 """A worker process: it asks for partitions, and answers with their reports.
 
-It ends when the connection does, so that no worker outlives its driver. Ctrl-C is left to the driver.
+It ends when its driver does.
 """
 
+import ctypes
 import importlib
 import logging
 import os
@@ -20,11 +21,13 @@ from infermill.engines.messages import Ask, Done, Raised, Said, Task
 from infermill.errors import InfermillError
 from infermill.journal import Journal
 from infermill.meter import Meter
+from infermill.patience import has_answered
 from infermill.runtimes import MODULES
 from infermill.types import Assignment
 from infermill.worker import Job, run_partitions, try_each
 
 TELL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1
 
 
 class _Driver:
@@ -66,17 +69,23 @@ class _Log(logging.Handler):
     """Leaves what a worker has to say to the driver, which knows where its user looks."""
 
     def __init__(self, driver: _Driver) -> None:
-        super().__init__(logging.INFO)
+        super().__init__(logging.WARNING)
         self._driver = driver
 
     def emit(self, record: logging.LogRecord) -> None:
         self._driver.send(Said(record.levelno, record.getMessage()))
 
 
+def _die_with_driver() -> None:
+    """Linux kills this process when the thread that started it ends; elsewhere, the end of the connection must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Run the worker whose connection and journal are open as the file descriptors in the arguments."""
     connection, journal, runtime = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_driver()
     driver = _Driver(Connection(connection))
     logging.getLogger("infermill").addHandler(_Log(driver))
     try:
@@ -88,14 +97,17 @@ def main() -> None:
 
 
 def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
-    with suppress(ImportError):  # loading the network will say it
+    with suppress(Exception):  # loading the network will say it
         importlib.import_module(MODULES[runtime])  # type: ignore[index]
     task = driver.receive_task()
+    job = task.job
+    for uri in (job.output, *(() if job.source.keys_are_uris else (job.source.root,))):
+        has_answered(uri, job.options)  # to the driver, which has planned the job there
     try:
         if task.suspects is None:
-            _run(driver, task.job, journal)
+            _run(driver, job, journal)
         else:
-            try_each(task.job, task.suspects, journal.note)
+            try_each(job, task.suspects, journal.note)
     except Exception as error:  # noqa: BLE001 - raised again by the driver
         driver.send(_raised(error))
     else:

@@ -49,6 +49,7 @@ def start(options: Options) -> Iterator[Engine]:
     """Start `options.workers` workers, which import their libraries while the driver imports its own, and plans."""
     workers = _Workers(options)
     try:
+        workers.start()
         yield workers.run
     finally:
         workers.stop()
@@ -61,7 +62,11 @@ class _Workers:
         self._children: list[_Child] = []
         self._threads: list[threading.Thread] = []
         self.is_stopped = False
-        self._idle = [self._spawn() for _ in range(options.workers)]
+        self._idle: list[_Child] = []
+
+    def start(self) -> None:
+        for _ in range(self._options.workers):
+            self._idle.append(self._spawn())
 
     def run(self, job: "Job", ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
         board = _Board(ids)
@@ -123,6 +128,7 @@ class _Child:
             stdin=subprocess.DEVNULL,
             stdout=_STDERR,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            process_group=0,  # Ctrl-C in a terminal is for the driver alone
         )
         theirs.close()
         self.connection: Connection[object, object] = Connection(ours.detach())
@@ -139,14 +145,22 @@ class _Child:
             try:
                 if self.connection.poll(_POLL_SECONDS):
                     message = self.connection.recv()
-                    yield message
+                    match message:
+                        case Said():
+                            logger.log(message.level, message.text)
+                        case Raised():
+                            if message.traceback:
+                                message.error.add_note(message.traceback)
+                            raise message.error
+                        case _:
+                            yield message
                     if isinstance(message, Done):
                         return
             except (EOFError, OSError):
                 return
             overdue = _overdue(self.journal.entries(), item_timeout_seconds)
             # Twice the same: an entry that is being written can be read as another one.
-            self.killed_for = next((entry for entry in overdue if watched.get(entry.started) == entry), None)
+            self.killed_for = self.killed_for or next((one for one in overdue if watched.get(one.started) == one), None)
             if self.killed_for:
                 self.kill()
             watched = {entry.started: entry for entry in overdue}
@@ -164,8 +178,7 @@ class _Child:
             return _Death("timeout", "it took longer than --item-timeout", [self.killed_for])
         if code == -signal.SIGKILL:
             return _Death("oom", "the worker was killed (SIGKILL), as the system does where memory runs out", entries)
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _Death("native_crash", f"the worker died ({reason})", entries)
+        return _Death("native_crash", f"the worker died ({_reason(code)})", entries)
 
     def close(self) -> None:
         """Wait for the end of the process, and give back what belongs to it."""
@@ -176,9 +189,15 @@ class _Child:
             self.journal.close()
 
 
+def _reason(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+
+
 def _overdue(entries: Iterable[Entry], item_timeout_seconds: float) -> list[Entry]:
     now = time.monotonic()
-    return [entry for entry in entries if now - entry.started > item_timeout_seconds * max(len(entry.rows), 1)]
+    return [entry for entry in entries if now - entry.started > item_timeout_seconds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +267,9 @@ class _Supervisor:
                 death, lost = self._serve(self._workers.child())
                 if self._workers.is_stopped:
                     return
-                if death is not None:
+                if death is not None and (lost or not self._board.is_empty):
                     self._board.give_back(lost, self._verdicts(death))
-                elif self._board.is_empty:
+                if self._board.is_empty:
                     break
             self._events.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again by the driver's thread
@@ -268,8 +287,6 @@ class _Supervisor:
                     if assignment is not None:
                         open_[assignment.partition] = assignment
                     child.answer(assignment)
-                case Said():
-                    logger.log(message.level, message.message)
                 case Counts():
                     self._meter.add(message)
                     unreported.update({"": message.objects, **message.failures})
@@ -278,10 +295,6 @@ class _Supervisor:
                     del open_[message.partition]
                     unreported.subtract({"": message.ok + message.failed, **message.failures_by_code})
                     self._events.put(message)
-                case Raised():
-                    if message.traceback:
-                        message.error.add_note(message.traceback)
-                    raise message.error
                 case Done():
                     child.end()
                     return None, []
@@ -311,7 +324,9 @@ class _Supervisor:
         elif self._deaths >= MAX_DEATHS:
             raise InfermillError(
                 f"{death.reason} {self._deaths} times in a row, and no single input explains it",
-                "the same command resumes; try --threads 1, another --runtime, or a machine with more memory",
+                "the same command resumes; try a longer --item-timeout"
+                if death.code == "timeout"
+                else "the same command resumes; try --threads 1, another --runtime, or a machine with more memory",
             )
         return verdicts
 
@@ -319,8 +334,6 @@ class _Supervisor:
         child = self._workers.child()
         child.answer(Task(self._job, tuple(suspects)))
         for message in child.messages(self._job.options.item_timeout):
-            if isinstance(message, Raised):
-                raise message.error
             if isinstance(message, Done):
                 child.end()
                 return None

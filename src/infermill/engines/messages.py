@@ -39,7 +39,7 @@ class Said:
     """A line for the log."""
 
     level: int
-    message: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ class Predictor:
     "Height, width and channels of one image."
     output_names: tuple[str, ...]
     batch_size: int
+    is_fixed: bool
+    "The network takes no other length of a batch."
     streams: int
     runtime: RuntimeName
     device: str

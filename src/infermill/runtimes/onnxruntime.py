@@ -65,6 +65,7 @@ def load(model: Model, threads: int) -> Predictor:
         input_shape=graph.input_shape,
         output_names=graph.output_names,
         batch_size=batch_size,
+        is_fixed=graph.fixed_batch is not None,
         streams=CUDA_STREAMS if device == "cuda" else streams,
         runtime="onnxruntime",
         device=device,

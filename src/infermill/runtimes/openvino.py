@@ -43,6 +43,7 @@ def load(model: Model, threads: int) -> Predictor:
         input_shape=graph.input_shape,
         output_names=graph.output_names,
         batch_size=batch_size,
+        is_fixed=graph.fixed_batch is not None,
         streams=streams,
         runtime="openvino",
         device="cpu",
