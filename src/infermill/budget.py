@@ -18,7 +18,7 @@ class Budget:
     is_share: bool
 
     @classmethod
-    def parse(cls, text: str | None) -> Self:
+    def parse(cls, text: str | int | None) -> Self:
         """Read `10`, `1%` or None.
 
         Raises:
@@ -30,6 +30,7 @@ class Budget:
         """
         if text is None:
             return cls(None, 100, True)
+        text = str(text)
         try:
             number = float(text.removesuffix("%"))
         except ValueError:

@@ -196,7 +196,10 @@ def main() -> None:
         while command.is_alive():
             command.join(_POLL_SECONDS)  # a signal may reach another thread, which does not wake this one
     except KeyboardInterrupt:
+        from infermill.progress import hide
+
         # A job survives a crash at any moment, so this is one: no thread is waited for.
+        hide()
         _complain(InfermillError("stopped", "finished parts stay: `infermill run` with the same arguments resumes"))
         _exit_now(INTERRUPTED)
     sys.exit(codes[0])
@@ -214,8 +217,6 @@ def _run_command() -> int:
 
 
 def _exit_now(code: int) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h")  # the cursor, which the bar hides
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

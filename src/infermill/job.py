@@ -88,7 +88,8 @@ def run(
         JobMismatchError: `output` holds a job with another fingerprint.
         SourceError: `source` does not exist, cannot be listed, or is empty.
         StoreError: a store refuses or does not answer; what is finished stays, and the same call resumes.
-        BudgetError: more objects fail than `options.max_failures` allows, whatever becomes of the rest.
+        BudgetError: more objects fail than `options.max_failures` allows, whatever becomes of those that are left; it
+            is looked at when a partition is finished, and not after the last one.
 
     Example:
         >>> run("photos/", "model.yaml", "out/", Options(limit=1000)).failed  # doctest: +SKIP

@@ -85,6 +85,8 @@ def load_model(
             return error.failure
 
     def predict(images: Sequence[ImageInput]) -> list[Prediction]:
+        if isinstance(images, str | bytes | os.PathLike | PIL.Image.Image):
+            raise TypeError("predict takes a list of images: write predict([image])")
         with ThreadPoolExecutor(options.threads or usable_cores()) as pool:
             arrays = pool.map(to_array, images)
             return [one for batch in _batches(arrays, predictor.batch_size) for one in predict_batch(batch)]

@@ -5,11 +5,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from infermill.meter import Meter
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 REFRESH_SECONDS = 0.2
 LOG_SECONDS = 5.0
+
+
+_shown: "list[Progress]" = []
+
+
+def hide() -> None:
+    """Take the bar away, and give the cursor back, though the context is open: for a process that ends at once."""
+    for progress in _shown:
+        progress.stop()
 
 
 @contextmanager
@@ -40,6 +53,7 @@ def _bar(meter: Meter, rates: "_Rates") -> Iterator[None]:
     columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[line]}"))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        _shown.append(progress)
         task = progress.add_task("", total=None, line="")
 
         def refresh() -> None:

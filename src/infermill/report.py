@@ -118,7 +118,12 @@ def verification_text(found: "Verification") -> str:
         )
     lines: list[RenderableType] = [Text.assemble(("problem", "red"), f": {_visible(one)}") for one in found.problems]
     hidden = found.problem_count - len(found.problems)
-    return _rendered([*lines, Text(f"and {hidden:,} more", style="dim")] if hidden else lines)
+    if hidden:
+        lines.append(Text(f"and {hidden:,} more", style="dim"))
+    remedy = (
+        "delete a part that is damaged, and `infermill run` with the same arguments writes it anew; a plan that is "
+    )
+    return _rendered([*lines, "", Text(f"{remedy}damaged cannot be mended: start anew with --overwrite")])
 
 
 def estimate_text(estimate: "Estimate") -> str:

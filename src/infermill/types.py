@@ -88,7 +88,7 @@ class Options(StoreOptions):
     "Seconds that decoding an object, or predicting a batch, may take before it is a failure."
     max_pixels: int = MAX_PIXELS
     "Images with more pixels than this are failures, told before they are decoded."
-    max_failures: str | None = None
+    max_failures: str | int | None = None
     "Budget of failures, as a number or in percent (1%); the command line ends with exit code 3 beyond it."
     partition_objects: int = 512
     "Objects a partition, at most."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from typing import get_args
 
 from infermill.decode.image import image_decoder
 from infermill.errors import BadInputError, StoreError, UsageError
@@ -20,7 +21,7 @@ from infermill.pipeline import Network, PartitionRows, Share, Stages, Watch, run
 from infermill.plan import PlanInfo, Revision, partition_reader
 from infermill.predictions import TaskRows, rows_for
 from infermill.runtimes import MODULES, Predictor, load
-from infermill.types import Assignment, ObjectRef, Options, PartitionReport, Source
+from infermill.types import Assignment, DecodeProfile, ObjectRef, Options, PartitionReport, Source
 
 FETCH_THREADS = 4
 REMOTE_FETCH_THREADS = 32
@@ -132,6 +133,8 @@ def check_options(options: Options) -> None:
         raise UsageError(f"--item-timeout {options.item_timeout} is no number of seconds", "leave it out for 300")
     if options.runtime not in MODULES:
         raise UsageError(f"there is no runtime {options.runtime!r}", f"choose one of {', '.join(MODULES)}")
+    if options.decode not in get_args(DecodeProfile):
+        raise UsageError(f"there is no decode profile {options.decode!r}", "choose exact or fast")
     AllowList(options.allow_host)
 
 

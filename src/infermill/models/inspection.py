@@ -7,7 +7,7 @@ from typing import Any
 
 from infermill.errors import ModelError, UsageError
 from infermill.models.card import ModelCard, write_card
-from infermill.models.model import beside, open_card
+from infermill.models.model import beside, open_card, read_labels
 from infermill.models.onnx import NetworkInfo, check_network
 from infermill.stores import Location
 from infermill.types import CardOptions, StoreOptions
@@ -36,7 +36,7 @@ def inspect_model(model: str, store: StoreOptions, card: CardOptions, write: Pat
         UsageError: the file to write is there already.
     """
     opened = open_card(model, store, card)
-    text = write_card(_beside_card(opened.card, opened.base, write))
+    text = write_card(_beside_card(opened.card, opened.base, store, write))
     problem = None
     try:
         check_network(opened.card, None, opened.info)
@@ -47,8 +47,8 @@ def inspect_model(model: str, store: StoreOptions, card: CardOptions, write: Pat
     return Inspection(opened.info, text, opened.assumptions, problem, write)
 
 
-def _beside_card(card: ModelCard, base: Location, write: Path | None) -> ModelCard:
-    """The card with paths that hold where it is written."""
+def _beside_card(card: ModelCard, base: Location, store: StoreOptions, write: Path | None) -> ModelCard:
+    """The card with paths that hold where it is written, and labels from elsewhere as a list."""
     folder = (write or Path("model.yaml")).absolute().parent
 
     def moved(name: str) -> str:
@@ -58,6 +58,8 @@ def _beside_card(card: ModelCard, base: Location, write: Path | None) -> ModelCa
         return os.path.relpath(place.uri, folder)
 
     labels = moved(card.labels) if isinstance(card.labels, str) else card.labels
+    if isinstance(labels, str) and ("://" in labels or labels.startswith("..")):
+        labels = read_labels(card, base, store)  # a card may not name a file outside of its folder
     files = card.files.model_copy(update={"onnx": moved(card.files.onnx)})
     return card.model_copy(update={"files": files, "labels": labels})
 

@@ -73,7 +73,7 @@ def open_model(
         'sha256:5f0c…'
     """
     opened = open_card(model, store, card_options or CardOptions())
-    labels = _read_labels(opened.card, opened.base, store)
+    labels = read_labels(opened.card, opened.base, store)
     check_network(opened.card, labels, opened.info)
     files = {"onnx": opened.network, **external_files(opened.graph, opened.network)}
     return Model(opened.card, opened.network, labels, digest_of(opened.card, labels, files), opened.assumptions)
@@ -165,7 +165,8 @@ def _check_labels_beside(card: ModelCard, base: Location) -> None:
         )
 
 
-def _read_labels(card: ModelCard, base: Location, store: StoreOptions) -> tuple[str, ...] | None:
+def read_labels(card: ModelCard, base: Location, store: StoreOptions) -> tuple[str, ...] | None:
+    """The labels that a card names, whose paths are relative to `base`."""
     if not isinstance(card.labels, str):
         return card.labels
     place = beside(base, card.labels)
