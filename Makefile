@@ -21,6 +21,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(UV) run --no-sync python benchmarks/bench_pipeline.py
 	$(UV) run --no-sync python benchmarks/bench_plan.py
+	$(UV) run --no-sync python benchmarks/bench_protocol.py
 
 format: .venv/installed
 	$(UV) run --no-sync ruff format

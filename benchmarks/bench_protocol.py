@@ -4,8 +4,8 @@
 
 Both list a folder, start one worker process, and write the same rows as Parquet with zstd. The job also probes the
 store, writes and reads a plan and its record, creates every part durably and once, and leaves a _SUCCESS. The bare one
-keeps its partitions in memory and writes files. The objects are small and the network is, too, so that the protocol
-weighs as much as it can. Then: how long it takes to resume a large job in which all is done.
+(`bare.py`) keeps its partitions in memory and writes files. The objects are small and the network is, too, so that the
+protocol weighs as much as it can. Then: how long it takes to resume a large job in which all is done.
 """
 
 import argparse
@@ -16,19 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 import infermill as im
 from bench_pipeline import make_card
-from infermill.meter import Meter
-from infermill.models.model import open_model
-from infermill.parts import rows_table
-from infermill.pipeline import Share, run_pipeline
-from infermill.plan import cut
-from infermill.sources import list_source
-from infermill.types import ObjectRef
-from infermill.worker import load_predictor, network_of, stages_of
 from measuring import infermill, machine, median, table
 from photos import make_photos
 
@@ -38,11 +27,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keys", type=int, default=1_000_000)
-    parser.add_argument("--bare", nargs=3, metavar=("SOURCE", "CARD", "OUT"))
     arguments = parser.parse_args()
-    if arguments.bare:
-        _run_bare(*arguments.bare)
-        return
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         card = make_card(work, 64, 64)
@@ -54,10 +39,11 @@ def main() -> None:
 
 def _print_cost(work: Path, card: Path, objects: int, rounds: int) -> None:
     bare, whole = [], []
+    bare_program = Path(__file__).with_name("bare.py")
     for _ in range(rounds):
         shutil.rmtree(work / "bare", ignore_errors=True)
         started = time.perf_counter()
-        subprocess.run([sys.executable, __file__, "--bare", work / "photos", card, work / "bare"], check=True)
+        subprocess.run([sys.executable, bare_program, work / "photos", card, work / "bare"], check=True)
         bare.append(objects / (time.perf_counter() - started))
         shutil.rmtree(work / "whole", ignore_errors=True)
         started = time.perf_counter()
@@ -70,26 +56,6 @@ def _print_cost(work: Path, card: Path, objects: int, rounds: int) -> None:
         ["", "", f"({min(ratios):.1%} to {max(ratios):.1%})"],
     ]
     print(table(["protocol", "measured", "ratio"], rows), "\n", flush=True)
-
-
-def _run_bare(source: str, card: str, out: str) -> None:
-    options = im.Options()
-    model = open_model(card, options)
-    where, batches = list_source(source, options.suffix, options)
-    tables = list(cut(batches, options.partition_objects, options.partition_bytes, None))
-    meter = Meter()
-    predictor, tasks = load_predictor(model, options, meter)
-    stages = stages_of(where, model, options, lambda: network_of(predictor, tasks))
-    Path(out).mkdir()
-    for rows in run_pipeline((Share(number, _refs(refs)) for number, refs in enumerate(tables)), stages, meter):
-        part = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures)
-        pq.write_table(part, f"{out}/part-{rows.partition:05d}.parquet", compression="zstd")
-
-
-def _refs(partition: pa.Table) -> list[ObjectRef]:
-    return [
-        ObjectRef(*row) for row in zip(*(partition[name].to_pylist() for name in partition.column_names), strict=True)
-    ]
 
 
 def _print_resume(work: Path, card: Path, keys: int) -> None:

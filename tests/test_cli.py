@@ -133,6 +133,8 @@ def test_append_retry_status_and_verify(work: Path) -> None:
         "problem: part-00001.parquet is missing\n"
         "problem: mine.parquet is no part of this job, and its rows are read with the others\n"
         "problem: there is no _SUCCESS: the job is not finished\n"
+        "\n"
+        "`infermill run` with the same arguments does what is missing: delete a part that is damaged\n"
     )
     assert json.loads(infermill("verify", "out", "--json", cwd=work).stdout)["problem_count"] == 3
     status = json.loads(infermill("status", "out", "--json", cwd=work).stdout)

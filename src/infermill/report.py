@@ -120,10 +120,8 @@ def verification_text(found: "Verification") -> str:
     hidden = found.problem_count - len(found.problems)
     if hidden:
         lines.append(Text(f"and {hidden:,} more", style="dim"))
-    remedy = (
-        "delete a part that is damaged, and `infermill run` with the same arguments writes it anew; a plan that is "
-    )
-    return _rendered([*lines, "", Text(f"{remedy}damaged cannot be mended: start anew with --overwrite")])
+    lines += ["", Text("`infermill run` with the same arguments does what is missing: delete a part that is damaged")]
+    return _rendered(lines)
 
 
 def estimate_text(estimate: "Estimate") -> str:
