@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from tests.fault_proxy import FaultProxy
 from tests.servers import AuthServer, Bucket, ScriptedStore, connect, run_ministack, run_moto_with_authentication
 
 NOBODY = 65534
+# Tests that were started in the background ignore Ctrl-C, and so would the commands that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

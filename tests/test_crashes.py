@@ -38,13 +38,19 @@ EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir"}
 out, crash_at = os.environ["CRASH_IN"], int(os.environ["CRASH_AT"])
 trace = os.open(os.environ["CRASH_TRACE"], os.O_WRONLY | os.O_APPEND)
 steps = 0
+# The bit of its own: it holds that of O_DIRECTORY, too.
+TMPFILE = getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
 
 def step(event, arguments):
     global steps
-    is_read = event == "open" and not arguments[2] & os.O_CREAT
-    if event in EVENTS and not is_read and any(str(path).startswith(out) for path in arguments[:2]):
+    if event not in EVENTS or (event == "open" and not arguments[2] & (os.O_CREAT | TMPFILE)):
+        return
+    paths = [str(argument) for argument in arguments[:2]]
+    if event == "os.link" and arguments[3] >= 0:
+        paths[1] = os.readlink(f"/proc/self/fd/{arguments[3]}") + "/" + paths[1]
+    if any(path.startswith(out) for path in paths):
         steps += 1
-        os.write(trace, f"{event} {' '.join(map(str, arguments[:2]))}\\n".encode())
+        os.write(trace, f"{event} {' '.join(paths)}\\n".encode())
         if steps == crash_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
