@@ -250,11 +250,11 @@ class _Driver:
             return
         job = Job(record.source, self.model, self.place.uri, self.options, record.plans)
         if not revised.objects:
-            self.withdraw_success()
+            self.place.remove([SUCCESS_FILE])
             self._run(job, ids, record.objects)
             return
         self.place.probe_update()
-        self.withdraw_success()
+        self.place.remove([SUCCESS_FILE])
         self.has_revised = True
         name = f"{FOLDER}/revisions/{uuid.uuid4().hex}.parquet"
         self.place.create(name, revision)
@@ -301,10 +301,6 @@ class _Driver:
             digest=self.model.digest,
             output=self.place.uri,
         )
-
-    def withdraw_success(self) -> None:
-        """Say no more that the job is finished."""
-        self.place.remove([SUCCESS_FILE])
 
     def declare_success(self, record: Record) -> None:
         """Leave a _SUCCESS with the totals, if every object of the plan is accounted for."""
@@ -373,7 +369,7 @@ def _append(driver: _Driver, source: str, named: str, record: Record) -> tuple[R
         if changes.changed:
             place.probe_update()
         if changes.new:
-            driver.withdraw_success()
+            place.remove([SUCCESS_FILE])
             record = append_record(place, plan, record, named)
             if plan.info not in record.plans:
                 continue  # another driver has appended; what it has planned is not new any more

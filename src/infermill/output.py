@@ -12,7 +12,8 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -120,17 +121,9 @@ class Output:
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete files that do no harm where they stay; those that are gone already do not matter."""
-        for name in names:
-            place = self._base.joined(name)
-            try:
-                if place.is_local:
-                    Path(place.uri).unlink(missing_ok=True)
-                else:
-                    self._store.delete(place.path)
-            except FileNotFoundError:
-                continue
-            except STORE_ERRORS:
-                return  # or each of them would wait for a store that is down
+        with suppress(*STORE_ERRORS):  # of the first one, or each of them would wait for a store that is down
+            for name in names:
+                self._unlink(self._base.joined(name))
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete files that must not stay; those that are gone already do not matter."""
@@ -138,13 +131,18 @@ class Output:
             place = self._base.joined(name)
             try:
                 if place.is_local:
-                    Path(place.uri).unlink(missing_ok=True)
+                    self._unlink(place)
                 else:
-                    patiently(lambda: self._store.delete(place.path), place.uri, self._options)  # noqa: B023
-            except FileNotFoundError:
-                continue
+                    patiently(partial(self._unlink, place), place.uri, self._options)
             except STORE_ERRORS as error:
                 raise _as_store_error(error, place.uri) from None
+
+    def _unlink(self, place: Location) -> None:
+        with suppress(FileNotFoundError):
+            if place.is_local:
+                Path(place.uri).unlink()
+            else:
+                self._store.delete(place.path)
 
     def move(self, names: Iterable[str], folder: str) -> None:
         """Move files into a folder below the output, in any order; on object stores, copy and delete."""
