@@ -1,6 +1,8 @@
 """Jobs between which and their store requests are lost, cut off, stalled, refused and delayed."""
 
+import io
 import json
+import random
 import threading
 import time
 import uuid
@@ -10,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import infermill
@@ -130,6 +133,26 @@ def test_a_body_that_ends_at_any_tenth_is_never_taken_for_whole(
         rule = fault_proxy.inject(Truncate(fraction), path=r"\.jpg")
         assert bytes(fetch(ObjectRef(key))) == bytes(range(256)) * 400
         assert rule.hits == 1
+
+
+def test_columns_of_a_part_that_is_replaced_meanwhile_are_all_old_or_all_new(
+    bucket: Bucket, fault_proxy: FaultProxy
+) -> None:
+    """Pages of one and the footer of the other would be read as what neither held."""
+    job = Output(f"{bucket.uri}/out", bucket.options)
+
+    def content(prefix: str) -> bytes:
+        buffer = io.BytesIO()
+        keys = [prefix + str(number) + random.Random(number).randbytes(20).hex() for number in range(100_000)]
+        pq.write_table(pa.table({"key": keys, "size": list(range(100_000))}), buffer)
+        return buffer.getvalue()
+
+    job.create("part-00000.parquet", content("a"))
+    new = content("bbbb")
+    rule = fault_proxy.inject(Call(before=lambda _: bucket.put("out/part-00000.parquet", new)), "GET", "part-", first=2)
+    table = Output(job.uri, through(fault_proxy)).columns("part-00000.parquet", ["key"])
+    assert rule.hits == 1
+    assert {key[0] for key in table["key"].to_pylist()} == {"b"}
 
 
 def test_an_object_that_was_replaced_between_two_tries_is_changed(bucket: Bucket, fault_proxy: FaultProxy) -> None:

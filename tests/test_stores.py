@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from obstore.exceptions import PreconditionError
 from obstore.store import AzureStore, GCSStore
 
 from infermill.errors import InfermillError, SourceError, StoreError, UsageError
@@ -106,6 +107,17 @@ def test_a_reader_seeks_in_an_object(bucket: Bucket) -> None:
         assert reader.seek(3) == 3
         assert reader.read(2_000_000) == content[3:2_000_003]
         assert reader.tell() == 2_000_003
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_not_mixed(bucket: Bucket) -> None:
+    bucket.put("big", b"1" * 5_000_000)
+    place = locate(f"{bucket.uri}/big")
+    with open_reader(place, open_store(place, bucket.options)) as reader:
+        assert reader.read(1) == b"1"
+        bucket.put("big", b"2" * 5_000_000)
+        reader.seek(4_000_000)
+        with pytest.raises(PreconditionError):
+            reader.read(1)
 
 
 def list_bucket(name: str, options: StoreOptions) -> object:

@@ -363,13 +363,8 @@ class Output:
 
     def _from(self, name: str, take: "Callable[[BufferedReader], Taken]") -> Taken:
         place = self._base.joined(name)
-
-        def read() -> Taken:
-            with open_reader(place, self._store) as file:
-                return take(file)
-
         try:
-            return patiently(read, place.uri, self._options)
+            return self._read_in_pieces(place, take)
         except STORE_ERRORS as error:
             raise _as_store_error(error, place.uri) from None
         except ValueError as error:
@@ -397,7 +392,7 @@ class Output:
     def _report(self, name: str, notes: Mapping[str, str]) -> PartitionReport | None:
         place = self._base.joined(name)
         try:
-            metadata = patiently(lambda: self._metadata(place), place.uri, self._options)
+            metadata = self._read_in_pieces(place, pq.read_metadata).metadata or {}
             return claimed_report(metadata, notes, place.uri)
         except FileNotFoundError:
             return None
@@ -406,9 +401,14 @@ class Output:
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"infermill did not write {place.uri}: {error}", "move it out of the way") from None
 
-    def _metadata(self, place: Location) -> dict[bytes, bytes]:
-        with open_reader(place, self._store) as file:
-            return pq.read_metadata(file).metadata or {}
+    def _read_in_pieces(self, place: Location, take: "Callable[[BufferedReader], Taken]") -> Taken:
+        def read() -> Taken:
+            while True:
+                with suppress(PreconditionError), open_reader(place, self._store) as file:
+                    return take(file)
+                # Another process has replaced it meanwhile, as a whole: its pieces belong together only if all are new.
+
+        return patiently(read, place.uri, self._options)
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows, part by part in the order of the plan."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-import obstore
 from obstore.exceptions import BaseError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from _typeshed import WriteableBuffer
+    from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 REMOTE_SCHEMES = {
@@ -243,10 +243,14 @@ def _no_credentials(reason: str = "") -> StoreError:
 
 
 class _ObjectReader(io.RawIOBase):
-    """An object as a seekable file that is read range by range."""
+    """An object as a seekable file that is read range by range, all of the same version."""
 
     def __init__(self, store: "ObjectStore", path: str) -> None:
-        self._object = obstore.open_reader(store, path)
+        self._store = store
+        self._path = path
+        meta = store.head(path)
+        self._size, self._etag = meta["size"], meta["e_tag"]
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -255,20 +259,31 @@ class _ObjectReader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._object.seek(offset, whence)
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
 
     def tell(self) -> int:
-        return self._object.tell()
+        return self._position
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         view = memoryview(buffer).cast("B")
-        data = memoryview(self._object.read(len(view)))
+        end = min(self._position + len(view), self._size)
+        if end <= self._position:
+            return 0
+        options: GetOptions = {"range": (self._position, end)}
+        if self._etag is not None:
+            options["if_match"] = self._etag
+        data = memoryview(self._store.get(self._path, options=options).bytes())
         view[: len(data)] = data
+        self._position += len(data)
         return len(data)
 
 
 def open_reader(location: Location, store: "ObjectStore") -> io.BufferedReader:
-    """A file or object, for reading in pieces; `store` is the one that `open_store` gives for the location."""
+    """A file or object, for reading in pieces; `store` is the one that `open_store` gives for the location.
+
+    Reading raises PreconditionError when the object has been replaced since it was opened.
+    """
     if location.is_local:
         return Path(location.uri).open("rb")
     return io.BufferedReader(_ObjectReader(store, location.path), 1 << 20)
