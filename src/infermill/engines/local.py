@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -63,6 +64,8 @@ class _Workers:
         self._threads: list[threading.Thread] = []
         self.is_stopped = False
         self._idle: list[_Child] = []
+        # A worker ends with the thread that started it (see `child`), and supervisors end with their job.
+        self._spawner = ThreadPoolExecutor(1, "spawn")
 
     def start(self) -> None:
         for _ in range(self._options.workers):
@@ -89,14 +92,19 @@ class _Workers:
                 yield event
 
     def child(self) -> "_Child":
-        """A worker without a task: one of those that were started early, or a new one."""
+        """A worker without a task: one that was started early or is done with another, or a new one."""
         with self._lock:
             if self._idle:
                 return self._idle.pop()
         return self._spawn()
 
+    def is_done(self, child: "_Child") -> None:
+        """It has done its task, and may get another."""
+        with self._lock:
+            self._idle.append(child)
+
     def _spawn(self) -> "_Child":
-        child = _Child(self._options)
+        child = self._spawner.submit(_Child, self._options).result()
         with self._lock:
             self._children = [one for one in self._children if not one.is_closed] + [child]
             if self.is_stopped:
@@ -112,6 +120,7 @@ class _Workers:
             thread.join()
         for child in self._children:
             child.close()
+        self._spawner.shutdown()
 
 
 class _Child:
@@ -296,7 +305,7 @@ class _Supervisor:
                     unreported.subtract({"": message.ok + message.failed, **message.failures_by_code})
                     self._events.put(message)
                 case Done():
-                    child.end()
+                    self._workers.is_done(child)
                     return None, []
         objects = unreported.pop("", 0)
         # What is lost will be counted again.
@@ -335,6 +344,6 @@ class _Supervisor:
         child.answer(Task(self._job, tuple(suspects)))
         for message in child.messages(self._job.options.item_timeout):
             if isinstance(message, Done):
-                child.end()
+                self._workers.is_done(child)
                 return None
         return child.end()
