@@ -12,6 +12,7 @@ from pathlib import Path
 import botocore.session
 import pytest
 
+from tests.clusters import StandaloneCluster, run_connect_server, run_standalone
 from tests.fault_proxy import FaultProxy
 from tests.servers import AuthServer, Bucket, ScriptedStore, connect, run_ministack, run_moto_with_authentication
 
@@ -110,3 +111,17 @@ def shared_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandaloneCluster]:
+    """A standalone Spark cluster with two workers; a test that kills executors leaves the workers running."""
+    with run_standalone(tmp_path_factory.mktemp("standalone")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def connect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Spark Connect server."""
+    with run_connect_server(tmp_path_factory.mktemp("connect")) as url:
+        yield url

@@ -1,5 +1,6 @@
 """Makers of small, seeded ONNX networks whose answers depend on the picture."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from infermill.models.card import ModelCard, Preprocess
 
 Layout = Literal["NCHW", "NHWC"]
 Dtype = Literal["float32", "float16", "uint8"]
@@ -138,6 +141,36 @@ def tiny_embedding(path: Path, dimensions: int = 16, size: int = 32, seed: int =
     tip = net.gemm(tip, count, dimensions, name="embedding")
     output = helper.make_tensor_value_info(tip, TensorProto.FLOAT, ["N", dimensions])
     return net.save(path, [_image(size, None, "NCHW", "float32", 3)], [output])
+
+
+def tiny_tabular(
+    path: Path,
+    shape: Sequence[int | str | None] = (6,),
+    classes: int = 4,
+    *,
+    batch: int | None = None,
+    dtype: str = "float32",
+    output: str = "logits",
+    seed: int = 0,
+) -> Path:
+    """Input `rows` [N, *shape] of any type, output [N, classes]: a linear function of the numbers in a row."""
+    net = Network("float16" if dtype == "float16" else "float32", seed)
+    tip = "rows" if dtype in ("float32", "float16") else net.node("Cast", "rows", to=TensorProto.FLOAT)
+    inside = math.prod(dim for dim in shape if isinstance(dim, int))
+    tip = net.node("Reshape", tip, _shape(net, [-1, inside]))
+    net.gemm(tip, inside, classes, name=output)
+    first = "N" if batch is None else batch
+    element_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    rows = helper.make_tensor_value_info("rows", element_type, [first, *shape])
+    return net.save(
+        path, [rows], [helper.make_tensor_value_info(output, ELEMENT_TYPES[str(net.dtype)], [first, classes])]
+    )
+
+
+def preprocess_of(card: ModelCard) -> Preprocess:
+    """The preprocessing of a card that takes images."""
+    assert card.preprocess is not None
+    return card.preprocess
 
 
 def tiny_raw(path: Path, size: int = 32, seed: int = 0) -> Path:

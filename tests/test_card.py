@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from infermill.errors import ModelError
 from infermill.models.card import ModelCard, card_schema, digest_of, parse_card, read_card, write_card
+from tests.networks import preprocess_of
 
 SCHEMA_FILE = Path(__file__).parents[1] / "docs" / "model-card.schema.json"
 VALIDATOR = jsonschema.Draft202012Validator(card_schema())
@@ -38,7 +39,7 @@ def card(**fields: Any) -> ModelCard:
 
 def test_the_example_of_the_documentation_is_a_card() -> None:
     example = parse_card(yaml.safe_load(EXAMPLE), "model.yaml")
-    assert example.preprocess.height_width == (224, 224)
+    assert preprocess_of(example).height_width == (224, 224)
     assert example.output.top_k == 5
     assert example.labels == "synset.txt"
 
@@ -148,6 +149,7 @@ def weights(tmp_path: Path) -> dict[str, Path]:
         {"preprocess": {"scale": 0.5}},
         {"preprocess": {"mean": [0, 0, 1]}},
         {"preprocess": {"std": [1, 1, 2]}},
+        {"preprocess": None},
         {"output": {"name": "logits"}},
         {"output": {"activation": "softmax"}},
         {"output": {"top_k": 4}},
@@ -157,6 +159,23 @@ def test_the_digest_covers_each_field_that_predictions_depend_on(
     fields: dict[str, Any], weights: dict[str, Path]
 ) -> None:
     assert digest_of(card(**fields), None, weights) != digest_of(card(), None, weights)
+
+
+@pytest.mark.parametrize(
+    ("fields", "hexdigest"),
+    [
+        ({}, "40ab3674a69adb48af305ca4975e35551736de69e987b3c344f7e15cbe1089dc"),
+        (
+            {**yaml.safe_load(EXAMPLE), "labels": ["a", "b"]},
+            "81fdb95f362a932f05e8ec0ec19360916330fb83616bd4b615fc08f83fef677c",
+        ),
+    ],
+)
+def test_the_digest_of_a_card_stays_what_it_was(
+    fields: dict[str, Any], hexdigest: str, weights: dict[str, Path]
+) -> None:
+    labels = tuple(fields["labels"]) if "labels" in fields else None
+    assert digest_of(card(**fields), labels, weights) == f"sha256:{hexdigest}"
 
 
 def test_the_digest_covers_labels_and_the_bytes_of_every_file(weights: dict[str, Path]) -> None:
@@ -214,7 +233,7 @@ resizes = st.one_of(
     st.fixed_dictionaries({"shorter": pixels, "filter": filters}),
     st.fixed_dictionaries({"exact": st.tuples(pixels, pixels)}),
 )
-preprocesses = st.fixed_dictionaries(
+preprocesses = st.none() | st.fixed_dictionaries(
     {},
     optional={
         "color": st.sampled_from(["RGB", "BGR"]),
@@ -246,6 +265,16 @@ def test_a_written_card_reads_back_the_same(data: dict[str, Any]) -> None:
     text = write_card(original)
     assert parse_card(yaml.safe_load(text), "test") == original
     VALIDATOR.validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("text", ["preprocess: null", "preprocess: ~", "preprocess:"])
+def test_a_card_without_preprocessing_says_so(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(f"name: t\nfiles: {{onnx: t.onnx}}\ninput: {{dtype: int64}}\n{text}\n")
+    tabular = read_card(path)
+    assert (tabular.preprocess, tabular.input.dtype) == (None, "int64")
+    assert "\npreprocess: null\n" in write_card(tabular)
+    assert card().preprocess is not None
 
 
 def test_a_written_card_leaves_out_what_is_default() -> None:

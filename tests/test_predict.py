@@ -1,13 +1,14 @@
 """`load_model(card) -> predict`, in memory."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import infermill
-from tests.networks import tiny_classifier
+from tests.networks import tiny_classifier, tiny_raw, tiny_tabular
 
 
 @pytest.fixture
@@ -71,3 +72,66 @@ def test_a_grey_array_and_a_wrong_one(card: infermill.ModelCard) -> None:
     as_rgb = np.stack([grey] * 3, axis=2)
     first, second = predict([grey, as_rgb])
     assert first.top == second.top
+
+
+# --- tensors
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_one_tensor_in_every_form_has_one_prediction(tmp_path: Path, runtime: infermill.types.RuntimeName) -> None:
+    network = tiny_tabular(tmp_path / "tabular.onnx", (2, 3))
+    row = np.arange(6, dtype=np.float64).reshape(2, 3)
+    path = tmp_path / "row.npy"
+    np.save(path, row)
+    forms: list[Any] = [
+        row,
+        row.tolist(),
+        row.ravel().tolist(),
+        tuple(row),
+        row.astype(np.int8),
+        path,
+        str(path),
+        path.read_bytes(),
+    ]
+    predict = infermill.load_model(network, infermill.Options(runtime=runtime))
+    predictions = predict(forms)
+    assert all(one.error is None for one in predictions)
+    assert len({one.top for one in predictions}) == 1
+    assert predict([]) == []
+
+
+def test_bad_tensors_have_an_error_and_keep_their_place(tmp_path: Path) -> None:
+    predict = infermill.load_model(tiny_tabular(tmp_path / "tabular.onnx", (2,)))
+    bad: list[Any] = [
+        [1.0],
+        [1.0, None],
+        ["a", "b"],
+        [[1.0], [1.0, 2.0]],
+        b"",
+        tmp_path / "gone.npy",
+        [np.nan, 1],
+        [1e300, 1],
+        5,
+    ]
+    predictions = predict([[1, 2], *bad, [1, 2]])
+    codes = [one.error and one.error.code for one in predictions]
+    unsupported = ["unsupported"] * 4
+    assert codes == [None, *unsupported, "empty", "missing", "nonfinite", "unsupported", "unsupported", None]
+    assert predictions[1].error is not None
+    assert predictions[1].error.message == "a tensor float64 [1], where float32 [2] is wanted"
+
+
+def test_embeddings_and_raw_outputs_of_tensors(tmp_path: Path) -> None:
+    network = tiny_tabular(tmp_path / "tabular.onnx", (3,), classes=5, dtype="float16", output="features")
+    (one,) = infermill.load_model(network)([[1, 2, 3]])
+    assert one.embedding is not None
+    assert one.embedding.shape == (5,)
+    (other,) = infermill.load_model(network, card_options=infermill.CardOptions(task="raw"))([[1, 2, 3]])
+    assert other.outputs is not None
+    assert other.outputs["features"].dtype == np.float16
+    np.testing.assert_array_equal(other.outputs["features"], one.embedding)
+    card = {"name": "t", "files": {"onnx": str(tiny_raw(tmp_path / "raw.onnx"))}, "preprocess": None, "task": "raw"}
+    predict = infermill.load_model(infermill.ModelCard.model_validate(card))
+    (both,) = predict([np.zeros((3, 32, 32))])
+    assert both.outputs is not None
+    assert {name: array.shape for name, array in both.outputs.items()} == {"boxes": (5, 4), "kind": ()}

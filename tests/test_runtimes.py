@@ -20,12 +20,13 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from infermill.errors import ModelError
-from infermill.models.card import Preprocess, parse_card
+from infermill.models.card import TENSOR_DTYPES, Preprocess, parse_card
 from infermill.models.executable import executable, folded
 from infermill.models.model import Model
+from infermill.models.onnx import inspect_network
 from infermill.runtimes import MODULES, Predictor, load
 from infermill.types import RuntimeName
-from tests.networks import Network, pictures, tiny_classifier, tiny_embedding, tiny_raw
+from tests.networks import Network, pictures, preprocess_of, tiny_classifier, tiny_embedding, tiny_raw, tiny_tabular
 
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 RESNET18 = Path(__file__).parents[1] / "benchmarks" / "resnet18.py"
@@ -44,7 +45,7 @@ def model_of(path: Path, *, size: int = 32, labels: tuple[str, ...] | None = Non
 def original(model: Model, batch: NDArray[np.uint8]) -> list[NDArray[Any]]:
     """The outputs of the network as it was made, image by image, after preprocessing in plain NumPy."""
     session = ort.InferenceSession(str(model.network), providers=["CPUExecutionProvider"])
-    image, preprocess = session.get_inputs()[0], model.card.preprocess
+    image, preprocess = session.get_inputs()[0], preprocess_of(model.card)
     channels_first = model.card.input.layout == "NCHW"
     values = batch[..., ::-1] if preprocess.color == "BGR" else batch
     mean, std = np.array(preprocess.mean), np.array(preprocess.std)
@@ -60,7 +61,7 @@ def original(model: Model, batch: NDArray[np.uint8]) -> list[NDArray[Any]]:
     return [np.stack([array[0] for array in arrays]) for arrays in zip(*answers, strict=True)]
 
 
-def answer(predictor: Predictor, batch: NDArray[np.uint8]) -> NDArray[Any]:
+def answer(predictor: Predictor, batch: NDArray[Any]) -> NDArray[Any]:
     """What a network with one output answers."""
     (array,) = predictor(batch)
     return array
@@ -72,7 +73,8 @@ def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def assert_as_original(model: Model, runtime: RuntimeName, tolerance: float = TOLERANCE, count: int = 5) -> None:
-    batch = pictures(count, model.card.preprocess.height_width[0] if model.card.preprocess.height_width else 32)
+    height, _ = preprocess_of(model.card).height_width or (32, 32)
+    batch = pictures(count, height)
     (expected,) = original(model, batch)
     found = answer(load(model, runtime, threads=2), batch)
     assert found.shape == expected.shape
@@ -171,6 +173,86 @@ def test_black_images_of_a_network_that_cannot_take_them_are_nan(tmp_path: Path,
     batch[1] = 0
     finite = np.isfinite(answer(predictor, batch)).all(axis=1)
     assert finite.tolist() == [True, False, True]
+
+
+# --- tensors as they are
+
+
+def tensor_model(path: Path, **fields: Any) -> Model:
+    dtype = inspect_network(path).inputs[0].dtype
+    card = {"name": path.stem, "files": {"onnx": path.name}, "input": {"dtype": dtype}, "preprocess": None, **fields}
+    return Model(parse_card(card, "test"), path, None, "sha256:0")
+
+
+def rows_of(shape: tuple[int, ...], dtype: str, count: int) -> NDArray[Any]:
+    """Seeded numbers that the type has exactly."""
+    lowest, highest = (0, 2) if dtype == "bool" else (0, 100) if dtype == "uint8" else (-100, 100)
+    return np.random.default_rng(0).integers(lowest, highest, (count, *shape)).astype(dtype)
+
+
+def linear(path: Path, rows: NDArray[Any]) -> NDArray[np.float64]:
+    """What `tiny_tabular` computes, by NumPy."""
+    weight, bias = (onnx.numpy_helper.to_array(one) for one in onnx.load_model(path).graph.initializer[-2:])
+    return np.asarray(rows.reshape(len(rows), -1).astype(np.float64) @ weight.astype(np.float64) + bias)
+
+
+@runtimes
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES)
+def test_tensors_of_every_type_are_answered(
+    tmp_path: Path, runtime: RuntimeName, dtype: str, batch: int | None
+) -> None:
+    path = tiny_tabular(tmp_path / "tabular.onnx", (6,), dtype=dtype, batch=batch)
+    predictor = load(tensor_model(path), runtime, threads=1)
+    assert (predictor.input_shape, predictor.input_dtype, predictor.is_fixed) == ((6,), dtype, batch is not None)
+    rows = rows_of((6,), dtype, 7)
+    found = answer(predictor, rows)
+    np.testing.assert_allclose(found, linear(path, rows), rtol=2e-3, atol=0.5 if dtype == "float16" else 1e-3)
+    np.testing.assert_allclose(found, np.concatenate([answer(predictor, rows[i : i + 1]) for i in range(7)]), rtol=1e-6)
+
+
+@runtimes
+@pytest.mark.parametrize("batch", [None, 4])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (3, 8, 8), (2, 2, 2, 2)])
+def test_tensors_of_every_rank_are_answered(
+    tmp_path: Path, runtime: RuntimeName, shape: tuple[int, ...], batch: int | None
+) -> None:
+    path = tiny_tabular(tmp_path / "tabular.onnx", shape, batch=batch)
+    predictor = load(tensor_model(path), runtime, threads=2)
+    assert predictor.input_shape == shape
+    rows = rows_of(shape, "float32", 9)
+    np.testing.assert_allclose(answer(predictor, rows), linear(path, rows), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 64), (127, 64), (128, 8), (50_000, 8)])
+def test_small_rows_come_in_longer_batches(tmp_path: Path, count: int, batch_size: int) -> None:
+    path = tiny_tabular(tmp_path / "tabular.onnx", (count,))
+    assert load(tensor_model(path), "openvino", threads=1).batch_size == batch_size
+
+
+def test_integers_that_openvino_would_cut_off_stop_it(tmp_path: Path) -> None:
+    path = tiny_tabular(tmp_path / "tabular.onnx", (2,), dtype="int64")
+    beyond = np.array([[1, 2], [-(2**31) - 1, 3]])
+    np.testing.assert_allclose(
+        answer(load(tensor_model(path), "onnxruntime", threads=1), beyond), linear(path, beyond), rtol=1e-5
+    )
+    predictor = load(tensor_model(path), "openvino", threads=1)
+    with pytest.raises(ModelError, match="beyond 32 bits, which OpenVINO would cut off") as caught:
+        predictor(beyond)
+    assert "--runtime onnxruntime" in caught.value.hint
+    largest = np.array([[2**31 - 1, -(2**31)]])
+    np.testing.assert_allclose(answer(predictor, largest), linear(path, largest), rtol=1e-5)
+
+
+@runtimes
+def test_a_network_for_images_takes_tensors_where_the_card_says_so(tmp_path: Path, runtime: RuntimeName) -> None:
+    path = tiny_classifier(tmp_path / "tiny.onnx", opset=7, ir_version=3)
+    predictor = load(tensor_model(path), runtime, threads=1)
+    assert (predictor.input_shape, predictor.input_dtype) == ((3, 32, 32), "float32")
+    rows = (pictures(3).transpose(0, 3, 1, 2) / 255).astype(np.float32)
+    np.testing.assert_allclose(
+        answer(predictor, rows), answer(load(model_of(path), runtime, threads=1), pictures(3)), atol=TOLERANCE
+    )
 
 
 channel_values = st.tuples(*[st.floats(-300, 300)] * 3)
@@ -278,7 +360,8 @@ def test_a_predictor_tells_what_it_is(tmp_path: Path, runtime: RuntimeName) -> N
     path = tiny_classifier(tmp_path / "tiny.onnx")
     for threads, streams in ((1, 1), (2, 2), (9, 8)):
         predictor = load(model_of(path), runtime, threads)
-        assert (predictor.runtime, predictor.precision, predictor.input_shape) == (runtime, "fp32", (32, 32, 3))
+        assert (predictor.runtime, predictor.precision) == (runtime, "fp32")
+        assert (predictor.input_shape, predictor.input_dtype) == ((32, 32, 3), "uint8")
         if predictor.device == "cpu":
             assert (predictor.streams, predictor.batch_size) == (streams, 8)
         assert predictor(pictures(3))[0].shape == (3, 10)
@@ -388,7 +471,7 @@ def test_a_network_with_a_hidden_fixed_batch_is_refused(tmp_path: Path, runtime:
     net.weights.append(onnx.numpy_helper.from_array(np.array([1, 3], np.int64), "shape"))
     image = helper.make_tensor_value_info("images", 1, ["N", 3, 8, 8])
     path = net.save(tmp_path / "hidden.onnx", [image], [helper.make_tensor_value_info("out", 1, None)])
-    with pytest.raises(ModelError, match=r"answers a batch of 2 images with \[1, 3\] in `out`") as caught:
+    with pytest.raises(ModelError, match=r"answers a batch of 2 inputs with \[1, 3\] in `out`") as caught:
         load(model_of(path, size=8), runtime, threads=1)
     assert "dynamic batch" in caught.value.hint
 
@@ -405,7 +488,7 @@ def test_a_class_count_that_only_shows_in_the_answer_is_refused(
     net.node("Gather", net.node("Flatten", pooled), column, axis=1, name="out")
     image = helper.make_tensor_value_info("images", 1, ["N", 3, 8, 8])
     path = net.save(tmp_path / "open.onnx", [image], [helper.make_tensor_value_info("out", 1, ["N", "C"])])
-    with pytest.raises(ModelError, match="answers 5 numbers per image in `out`, and the card has 2 classes"):
+    with pytest.raises(ModelError, match="answers 5 numbers per input in `out`, and the card has 2 classes"):
         load(model_of(path, size=8, labels=labels, classes=classes), runtime, threads=1)
 
 

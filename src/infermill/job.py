@@ -46,7 +46,7 @@ from infermill.record import (
 from infermill.refresh import refresher
 from infermill.sources import list_source, rereadable
 from infermill.types import RETRYABLE, CardOptions, FailureCode, Options, PartitionReport, Summary
-from infermill.worker import Job, check_options
+from infermill.worker import Job, check_options, suffixes_of
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -202,7 +202,7 @@ def empty_source(source: str) -> SourceError:
     """The error of a source without objects."""
     return SourceError(
         f"{source} holds no objects to predict on",
-        "hidden files and other suffixes than those of images are skipped; see --suffix",
+        "hidden files and other suffixes than those of images (.npy for tensors) are skipped; see --suffix",
     )
 
 
@@ -339,7 +339,7 @@ def _plan(driver: _Driver, source: str, now: Mapping[str, Any], kept: Mapping[st
     """List the source, write the plan, then the record that names it: who creates that first, wins."""
     started = time.perf_counter()
     options = driver.options
-    where, batches = list_source(source, options.suffix, options)
+    where, batches = list_source(source, options.suffix, options, suffixes_of(driver.model))
     tables = cut(_counted(batches, driver.meter), options.partition_objects, options.partition_bytes, options.limit)
     plan = NewPlan(driver.place, tables)
     driver.meter.spend("list", time.perf_counter() - started)
@@ -361,7 +361,7 @@ def _append(driver: _Driver, source: str, named: str, record: Record) -> tuple[R
         driver.meter.todo = None
         parts = {number: name for number, name in place.parts().items() if number in driver.reports}
         changes = Changes(place, parts)
-        _, batches = list_source(source, options.suffix, options)
+        _, batches = list_source(source, options.suffix, options, suffixes_of(driver.model))
         tables = cut(
             changes.new_ones(_counted(batches, driver.meter)),
             options.partition_objects,

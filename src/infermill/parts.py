@@ -29,16 +29,20 @@ def rows_table(
     refs: Sequence[ObjectRef], columns: "Mapping[str, pa.Array[Any]]", failures: Mapping[int, Failure]
 ) -> pa.Table:
     """The rows of a partition: key, etag, size, the task's columns and error (null where there is a prediction)."""
-    errors = [None if row not in failures else asdict(failures[row]) for row in range(len(refs))]
     return pa.table(
         {
             "key": pa.array([ref.key for ref in refs], pa.string()),
             "etag": pa.array([ref.etag for ref in refs], pa.string()),
             "size": pa.array([None if ref.size < 0 else ref.size for ref in refs], pa.int64()),
             **columns,
-            "error": pa.array(errors, ERROR_TYPE),
+            "error": errors_column(failures, len(refs)),
         }
     )
+
+
+def errors_column(failures: Mapping[int, Failure], rows: int) -> "pa.Array[Any]":
+    """The failures by row; null where there is none."""
+    return pa.array([None if row not in failures else asdict(failures[row]) for row in range(rows)], ERROR_TYPE)
 
 
 def is_intact(content: bytes) -> bool:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,8 @@ from infermill.types import Failure, ObjectRef, Stage
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-Image = NDArray[np.uint8]
+Image = NDArray[Any]
+"What is decoded: an image, or a tensor where the network takes those."
 Arrays = tuple[NDArray[np.generic], ...]
 Made = TypeVar("Made")
 MAX_BYTES_IN_FLIGHT = 64 << 20

@@ -10,18 +10,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from infermill.decode.image import image_decoder, prepare, prepare_array
+from infermill.decode.tensor import tensor_decoder, to_row
 from infermill.errors import BadInputError
 from infermill.meter import Meter
-from infermill.models.card import ModelCard
+from infermill.models.card import ModelCard, Preprocess
 from infermill.models.model import open_model
+from infermill.runtimes import Predictor
 from infermill.types import CardOptions, Failure, Options
 from infermill.worker import load_predictor, usable_cores
 
-ImageInput: TypeAlias = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8]
-Predict: TypeAlias = Callable[[Sequence[ImageInput]], "list[Prediction]"]
+Input: TypeAlias = str | os.PathLike[str] | bytes | PIL.Image.Image | ArrayLike
+Predict: TypeAlias = Callable[[Sequence[Input]], "list[Prediction]"]
+Row = NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ def load_model(
 
     Returns:
         A function from a list of paths, encoded images, PIL images or uint8 arrays (HWC RGB, or HW grey), to a
-        list of as many predictions in the same order. An input that cannot be predicted has its `error` set.
+        list of as many predictions in the same order. Where the card has `preprocess: null`, it takes paths or bytes
+        of `.npy` files, arrays and lists of numbers. An input that cannot be predicted has its `error` set.
 
     Raises:
         ModelError: the card or the network is wrong.
@@ -66,32 +70,29 @@ def load_model(
         >>> predict = load_model("model.yaml")  # doctest: +SKIP
         >>> predict(["cat.jpg"])[0].top[0].label  # doctest: +SKIP
         'Egyptian cat'
+        >>> load_model("tabular.onnx")([[5.1, 3.5, 1.4, 0.2]])[0].top[0].index  # doctest: +SKIP
+        0
     """
     options = options or Options()
     resolved = open_model(model, options, card_options)
     predictor, tasks = load_predictor(resolved, options, Meter())
-    decode = image_decoder(resolved.card.preprocess, options.decode, options.max_pixels)
+    preprocess = resolved.card.preprocess
+    convert = _tensor_rows(predictor) if preprocess is None else _image_rows(preprocess, options)
 
-    def to_array(image: ImageInput) -> NDArray[np.uint8] | Failure:
+    def row_of(item: Input) -> Row | Failure:
         try:
-            if isinstance(image, bytes):
-                return decode(image)
-            if isinstance(image, PIL.Image.Image):
-                return prepare(image, resolved.card.preprocess, options.decode)
-            if isinstance(image, np.ndarray):
-                return prepare_array(image, resolved.card.preprocess, options.decode)
-            return decode(_read(Path(image)))
+            return convert(item)
         except BadInputError as error:
             return error.failure
 
-    def predict(images: Sequence[ImageInput]) -> list[Prediction]:
-        if isinstance(images, str | bytes | os.PathLike | PIL.Image.Image):
-            raise TypeError("predict takes a list of images: write predict([image])")
+    def predict(items: Sequence[Input]) -> list[Prediction]:
+        if isinstance(items, str | bytes | os.PathLike | PIL.Image.Image):
+            raise TypeError("predict takes a list of inputs: write predict([image])")
         with ThreadPoolExecutor(options.threads or usable_cores()) as pool:
-            arrays = pool.map(to_array, images)
-            return [one for batch in _batches(arrays, predictor.batch_size) for one in predict_batch(batch)]
+            rows = pool.map(row_of, items)
+            return [one for batch in _batches(rows, predictor.batch_size) for one in predict_batch(batch)]
 
-    def predict_batch(batch: list[NDArray[np.uint8] | Failure]) -> Iterator[Prediction]:
+    def predict_batch(batch: list[Row | Failure]) -> Iterator[Prediction]:
         good = [array for array in batch if not isinstance(array, Failure)]
         rows = iter(())  # type: Iterator[Prediction]
         if good:
@@ -103,12 +104,40 @@ def load_model(
     return predict
 
 
+def _image_rows(preprocess: Preprocess, options: Options) -> Callable[[Any], Row]:
+    decode = image_decoder(preprocess, options.decode, options.max_pixels)
+
+    def to_pixels(item: Any) -> Row:
+        if isinstance(item, PIL.Image.Image):
+            return prepare(item, preprocess, options.decode)
+        if isinstance(item, np.ndarray):
+            return prepare_array(item, preprocess, options.decode)
+        return decode(_content(item))
+
+    return to_pixels
+
+
+def _tensor_rows(predictor: Predictor) -> Callable[[Any], Row]:
+    shape, dtype = predictor.input_shape, predictor.input_dtype
+    decode = tensor_decoder(shape, dtype)
+
+    def to_tensor(item: Any) -> Row:
+        if isinstance(item, bytes | str | os.PathLike):
+            return decode(_content(item))
+        return to_row(item, shape, dtype)
+
+    return to_tensor
+
+
 def _batches(arrays: Iterator[Any], size: int) -> Iterator[list[Any]]:
     while batch := list(islice(arrays, size)):
         yield batch
 
 
-def _read(path: Path) -> bytes:
+def _content(item: bytes | str | os.PathLike[str]) -> bytes:
+    if isinstance(item, bytes):
+        return item
+    path = Path(item)
     try:
         return path.read_bytes()
     except FileNotFoundError:

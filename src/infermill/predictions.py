@@ -78,7 +78,7 @@ class Raw:
         for name, array in zip(names, examples, strict=True):
             if not array.size:
                 raise ModelError(
-                    f"the output `{name}` is {list(array.shape)} for a blank image: its length depends on the image",
+                    f"the output `{name}` is {list(array.shape)} for a blank input: its length depends on the input",
                     "outputs must have one shape; end the network before that part",
                 )
         lists = [pa.list_(pa.from_numpy_dtype(array.dtype), int(np.prod(array.shape[1:]))) for array in examples]
@@ -107,10 +107,10 @@ TaskRows = Classification | Embedding | Raw
 
 
 def rows_for(model: Model, predictor: Predictor) -> TaskRows:
-    """The rows of the model's task; one blank image is predicted to learn the shapes of the outputs."""
+    """The rows of the model's task; one blank input is predicted to learn the shapes of the outputs."""
     if model.card.task == "classification":
         return Classification(model)
-    example = predictor(np.zeros((1, *predictor.input_shape), np.uint8))
+    example = predictor(np.zeros((1, *predictor.input_shape), predictor.input_dtype))
     if model.card.task == "embedding":
         return Embedding(int(np.prod(example[0].shape[1:])), model.card.output.activation)
     return Raw(predictor.output_names, example)

@@ -10,8 +10,8 @@ FailureCode = Literal[
     "changed",  # overwritten after the source was listed: the etag differs
     "unreadable",  # there, but access is denied or the disk cannot read it
     "empty",  # 0 bytes
-    "unsupported",  # not an image format that is decoded, whatever its name says
-    "truncated",  # ends before the image does
+    "unsupported",  # not a format that is decoded, whatever its name says; or a tensor that does not fit
+    "truncated",  # ends before the image or the tensor does
     "store",  # the store failed on this object, and on no other, until the deadline
     "corrupt",  # damaged in another way
     "too_large",  # more pixels than `max_pixels`, told from the header before decoding
@@ -74,7 +74,7 @@ class Options(StoreOptions):
     """
 
     suffix: tuple[str, ...] | None = None
-    "Take only keys that end so; repeat it for several, '' for all. (default: the image formats)"
+    "Take only keys that end so; repeat it for several, '' for all. (default: the image formats, or .npy)"
     limit: int | None = None
     "Take only the first N objects of the listing."
     runtime: RuntimeName = "openvino"

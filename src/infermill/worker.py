@@ -1,6 +1,7 @@
 """What a worker does with its share of a job, whichever engine started it."""
 
 import functools
+import math
 import os
 import threading
 import time
@@ -10,18 +11,24 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
+
 from infermill.decode.image import image_decoder
+from infermill.decode.tensor import tensor_decoder
 from infermill.errors import BadInputError, StoreError, UsageError
 from infermill.fetch import fetcher
 from infermill.hosts import AllowList
 from infermill.meter import Meter
+from infermill.models.fit import tensor_shape
 from infermill.models.model import Model
+from infermill.models.onnx import inspect_network
 from infermill.output import PLAN_FOLDER, Output
 from infermill.parts import rows_table
 from infermill.pipeline import Network, PartitionRows, Share, Stages, Watch, run_pipeline, unwatched
 from infermill.plan import PlanInfo, Revision, partition_reader
 from infermill.predictions import TaskRows, rows_for
 from infermill.runtimes import MODULES, Predictor, load
+from infermill.sources import IMAGE_SUFFIXES, TENSOR_SUFFIXES
 from infermill.types import Assignment, DecodeProfile, ObjectRef, Options, PartitionReport, Source
 
 FETCH_THREADS = 4
@@ -142,6 +149,11 @@ def _revision_and_refs(job: Job, output: Output) -> tuple[Revision, Callable[[in
     return revision, lambda number: (revision.refs if number in revision else planned)(number)
 
 
+def suffixes_of(model: Model) -> tuple[str, ...]:
+    """What the names of a model's inputs end in, where nobody says it."""
+    return TENSOR_SUFFIXES if model.card.preprocess is None else IMAGE_SUFFIXES
+
+
 def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
     """Load the network."""
     check_options(options)
@@ -182,14 +194,20 @@ def stages_of(
 ) -> Stages:
     """The functions and thread counts of this worker's pipeline."""
     is_local = source.root.startswith("/") and not source.keys_are_uris
-    height, width = model.card.preprocess.height_width or (1, 1)
+    preprocess, dtype = model.card.preprocess, model.card.input.dtype
+    if preprocess is None:
+        shape = tensor_shape(inspect_network(model.network).inputs[0])
+        decode, row_bytes = tensor_decoder(shape, dtype), math.prod(shape) * np.dtype(dtype).itemsize
+    else:
+        decode = image_decoder(preprocess, options.decode, options.max_pixels)
+        row_bytes = math.prod(preprocess.height_width or (1, 1)) * 3
     return Stages(
         fetch=fetcher(source, options),
-        decode=image_decoder(model.card.preprocess, options.decode, options.max_pixels),
+        decode=decode,
         load=load,
         fetch_threads=FETCH_THREADS if is_local else REMOTE_FETCH_THREADS,
         compute_threads=_threads(options),
-        decoded_images=max(DECODED_BYTES // (height * width * 3), 1),
+        decoded_images=max(DECODED_BYTES // row_bytes, 1),
         watch=watch,
     )
 

@@ -1,1 +1,1 @@
-"""Bytes -> array: images."""
+"""Bytes -> array: images and tensors."""

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,10 @@ from infermill.types import Task
 Activation = Literal["softmax", "sigmoid", "none"]
 Color = Literal["RGB", "BGR"]
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+ImageDtype = Literal["float32", "float16", "uint8"]
+Dtype = Literal[ImageDtype, "float64", "int8", "int16", "int32", "int64", "bool"]
+IMAGE_DTYPES: tuple[ImageDtype, ...] = get_args(ImageDtype)
+TENSOR_DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Pixels = Annotated[int, Field(ge=1, le=65_535)]
 HeightWidth = tuple[Pixels, Pixels]
 PerChannel = tuple[float, float, float]
@@ -59,8 +63,8 @@ class Input(_Strict):
     """The network's input tensor."""
 
     name: str | None = Field(default=None, description="Its name; the network's only input where it is not given.")
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    dtype: Literal["float32", "float16", "uint8"] = "float32"
+    layout: Literal["NCHW", "NHWC"] = Field(default="NCHW", description="Order of the dims of images.")
+    dtype: Dtype = Field(default="float32", description="Its type: float32, float16 or uint8 for images.")
 
 
 class Resize(_Strict):
@@ -132,7 +136,9 @@ class ModelCard(_Strict):
     files: Files
     task: Task = "classification"
     input: Input = Input()
-    preprocess: Preprocess = Preprocess()
+    preprocess: Preprocess | None = Field(
+        default=Preprocess(), description="From the image to the input; null where the input is a tensor as it is."
+    )
     output: Output = Output()
     labels: str | tuple[str, ...] | None = Field(default=None, description="A file of one label a line, or a list.")
     classes: Annotated[int, Field(ge=1)] | None = Field(

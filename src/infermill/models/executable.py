@@ -1,4 +1,4 @@
-"""The graph that the runtimes execute: the network, with its preprocessing in front.
+"""The graph that the runtimes execute: the network, with its preprocessing in front where it takes images.
 
     uint8 NHWC RGB ─► Transpose ─► Gather ─► Cast ─► Mul ─► Add ─► the network ─► the outputs that are wanted
                       to NCHW      to BGR            scale  mean
@@ -9,6 +9,7 @@ comes first and the order of colours second. With this order the preprocessing o
 be measured on OpenVINO, and 0.2 of 22 ms on ONNX Runtime; with the transposition last 0.5 and 1.1 ms.
 """
 
+import functools
 import os
 import shutil
 import tempfile
@@ -23,21 +24,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from infermill.models.card import Preprocess
+from infermill.models.card import Input, Preprocess
+from infermill.models.fit import check_network, chosen_outputs, tensor_shape
 from infermill.models.model import Model
 from infermill.models.onnx import (
     MAX_PROTOBUF_BYTES,
     Dim,
     ExternalTensor,
-    NetworkInfo,
-    check_network,
-    chosen_outputs,
+    TensorInfo,
     describe,
     external_tensors,
     read_network,
 )
 
-ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
 # ITU-R 601 luminance in 16-bit fixed point, as Pillow's convert("L") has it (src/libImaging/Convert.c).
 # Every number on the way is an integer below 2**24, which float32 holds exactly.
 LUMINANCE, LUMINANCE_HALF, LUMINANCE_UNIT = (19595.0, 38470.0, 7471.0), 32768.0, 1 / 65536
@@ -46,15 +45,17 @@ _RESERVE_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Executable:
-    """A network that takes uint8 RGB images.
+    """A network that takes uint8 RGB images, or tensors as they are.
 
     `network` is the ONNX file's content, or its path where the weights are too large to be in it. `fixed_batch` is
-    the only batch length that it takes, or None. `input_shape` is height, width and channels.
+    the only batch length that it takes, or None. `input_shape` and `input_dtype` are those of one row: for images,
+    height, width and 3 of uint8.
     """
 
     network: bytes | Path
     fixed_batch: int | None
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
+    input_dtype: str
     output_names: tuple[str, ...]
 
 
@@ -62,7 +63,8 @@ class Executable:
 def executable(model: Model, max_bytes: int = MAX_PROTOBUF_BYTES) -> Iterator[Executable]:
     """The graph to load for `model`; its files, if it has any, are there until the context ends.
 
-    Its one input is uint8 [N, height, width, 3] in RGB; its outputs are those that the card's task uses.
+    Its one input is uint8 [N, height, width, 3] in RGB, or the network's own where the card has `preprocess: null`;
+    its outputs are those that the card's task uses.
 
     Raises:
         ModelError: the network cannot be read, or does not fit the card.
@@ -75,42 +77,58 @@ def executable(model: Model, max_bytes: int = MAX_PROTOBUF_BYTES) -> Iterator[Ex
     info = describe(network, model.network)
     check_network(model.card, model.labels, info)
     outputs = tuple(output.name for output in chosen_outputs(model.card, info))
-    height, width = model.card.preprocess.height_width or (0, 0)
-    batch = None if info.inputs[0].shape is None else info.inputs[0].shape[0]
-    _put_in_front(network, model, info, ("batch" if batch is None else batch, height, width, 3))
+    source, preprocess = info.inputs[0], model.card.preprocess
+    batch = None if source.shape is None else source.shape[0]
+    name, dtype = source.name, source.dtype
+    if preprocess is None:
+        shape = tensor_shape(source)
+    else:
+        shape, dtype = (*(preprocess.height_width or (0, 0)), 3), "uint8"
+        name = _put_in_front(network.graph, model.card.input, preprocess, source)
+    _set_input(network, name, dtype, ("batch" if batch is None else batch, *shape))
     _keep_outputs(network.graph, outputs)
-    fixed_batch = batch if isinstance(batch, int) else None
+    result = functools.partial(
+        Executable,
+        fixed_batch=batch if isinstance(batch, int) else None,
+        input_shape=shape,
+        input_dtype=dtype,
+        output_names=outputs,
+    )
     externals = external_tensors(network, model.network)
     # The size on disk: protobuf has to serialise a message to know its size.
     if model.network.stat().st_size + sum(external.length for external in externals) + _RESERVE_BYTES <= max_bytes:
         _load(externals)
-        yield Executable(network.SerializeToString(), fixed_batch, (height, width, 3), outputs)
+        yield result(network.SerializeToString())
         return
     with tempfile.TemporaryDirectory(prefix="infermill-") as folder:
         path = Path(folder, "infermill-executable.onnx")
         path.write_bytes(network.SerializeToString())
         for location, file in {external.location: external.file for external in externals}.items():
             _link_or_copy(file, Path(folder, location))
-        yield Executable(path, fixed_batch, (height, width, 3), outputs)
+        yield result(path)
 
 
-def _put_in_front(network: onnx.ModelProto, model: Model, info: NetworkInfo, shape: tuple[Dim, ...]) -> None:
-    graph, image = network.graph, info.inputs[0]
-    layout, dims = model.card.input.layout, image.shape or (None,) * 4
+def _put_in_front(graph: onnx.GraphProto, card: Input, preprocess: Preprocess, image: TensorInfo) -> str:
+    """Put preprocessing in front of the graph, and return the name of its input."""
+    layout, dims = card.layout, image.shape or (None,) * 4
     front = _Front(_unused_prefix(graph))
     source = front.tip
     if dims[1 if layout == "NCHW" else 3] == 1:
-        front.add_grey(model.card.preprocess, layout, image.dtype)
+        front.add_grey(preprocess, layout, image.dtype)
     else:
-        front.add_colour(model.card.preprocess, layout, image.dtype)
+        front.add_colour(preprocess, layout, image.dtype)
     front.add("Identity")
     front.nodes[-1].output[0] = image.name
     nodes = [*front.nodes, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+    return source
+
+
+def _set_input(network: onnx.ModelProto, name: str, dtype: str, shape: tuple[Dim, ...]) -> None:
     # From IR version 4 on, a weight that is listed as an input can be fed, which bars it from constant folding.
-    del graph.input[:]
-    graph.input.append(helper.make_tensor_value_info(source, TensorProto.UINT8, shape))
+    del network.graph.input[:]
+    network.graph.input.append(helper.make_tensor_value_info(name, _element_type(dtype), shape))
     network.ir_version = max(network.ir_version, 4)
 
 
@@ -177,7 +195,11 @@ class _Front:
         if np.any(offset != 0):
             self.add("Add", offset)
         if dtype != "float32":
-            self.add("Cast", to=ELEMENT_TYPES[dtype])
+            self.add("Cast", to=_element_type(dtype))
+
+
+def _element_type(dtype: str) -> int:
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 
 def folded(preprocess: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

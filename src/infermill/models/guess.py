@@ -4,13 +4,25 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from infermill.errors import ModelError
 from infermill.models.card import ModelCard, parse_card
-from infermill.models.onnx import FLOAT_DTYPES, Dim, NetworkInfo, TensorInfo, channels_and_size, image_input, layout_of
+from infermill.models.fit import (
+    FLOAT_DTYPES,
+    channels_and_size,
+    image_input,
+    is_image,
+    layout_of,
+    only_input,
+    tensor_input,
+)
+from infermill.models.onnx import Dim, NetworkInfo, TensorInfo
 from infermill.types import CardOptions, Task
 
 NORMALISING_OPS = ("Sub", "Mul", "Div", "Add", "BatchNormalization")
 POOLING_OPS = ("GlobalAveragePool", "GlobalMaxPool", "AveragePool", "MaxPool", "ReduceMean", "ReduceMax")
+ENDS_OF_CLASSIFIERS = ("Softmax", "Sigmoid", "HardSigmoid")
 EMBEDDING_OPS = (*POOLING_OPS, "LpNormalization", "LayerNormalization", "Div")
+_IMAGE_OPTIONS = ("shorter", "exact", "filter", "crop", "color", "scale", "mean", "std", "layout")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -20,22 +32,18 @@ def guess_card(path: Path, info: NetworkInfo, given: CardOptions) -> tuple[Model
     What is `given` is for the caller to put into the card; here, the rest is guessed to go with it.
 
     Raises:
-        ModelError: the network takes something else than one image.
+        ModelError: the network takes something else than one image or one tensor.
     """
-    image, result = image_input(path.name, None, info), info.outputs[0]
+    result = info.outputs[0]
     notes: list[str] = []
-    layout = given.layout or layout_of(image.shape)
-    if layout is None:
-        layout = "NCHW"
-        notes.append(f"input.layout is NCHW: the shape of {image} does not tell")
-    channels, *lengths = channels_and_size(image, layout)
-    size = [length if isinstance(length, int) else 224 for length in lengths]
-    stretched = max(size) <= 64 or size[0] != size[1]
-    if size != lengths and given.crop is None and not (stretched and given.exact):
-        notes.append(f"images are made {size[0]}x{size[1]}: {image} has no fixed height and width")
-    preprocess = _guess_size((size[0], size[1]), given, notes, stretched=stretched)
-    preprocess |= _guess_values(image, size, channels, given, notes)
-    task, activation = given.task or _guess_task(result), "none"
+    takes_images = is_image(only_input(path.name, None, info)) or bool(image_options(given))
+    if takes_images:
+        fields = _guess_image(image_input(path.name, None, info), given, notes)
+    else:
+        tensor = tensor_input(path.name, None, info)
+        fields = {"input": {"name": tensor.name, "dtype": tensor.dtype}, "preprocess": None}
+        notes.append(f"preprocess is null: {tensor} is no image, so that it is given tensors (.npy) as they are")
+    task, activation = given.task or _guess_task(result, takes_images=takes_images), "none"
     if given.task is None:
         notes.append(f"task is {task}: the output is {result}")
     if len(info.outputs) > 1 and task != "raw":
@@ -50,25 +58,59 @@ def guess_card(path: Path, info: NetworkInfo, given: CardOptions) -> tuple[Model
         "name": path.stem,
         "files": {"onnx": path.name},
         "task": task,
-        "input": {"name": image.name, "layout": layout, "dtype": image.dtype},
-        "preprocess": preprocess,
+        **fields,
         "output": {"activation": activation},
     }
     return parse_card(card, path.name), tuple(notes)
 
 
-def _guess_task(result: TensorInfo) -> Task:
+def image_options(given: CardOptions) -> list[str]:
+    """The options that are given and make sense for images only, as flags.
+
+    Example:
+        >>> image_options(CardOptions(crop=(224, 224), top_k=3))
+        ['--crop']
+    """
+    return [f"--{name}" for name in _IMAGE_OPTIONS if getattr(given, name) is not None]
+
+
+def check_image_options(given: CardOptions) -> None:
+    """Raise ModelError for options that ask for what a card with `preprocess: null` does not do."""
+    options = image_options(given)
+    if options:
+        hint = "leave them out, or write another card: `infermill inspect NETWORK.onnx --write model.yaml`"
+        raise ModelError(f"the card has `preprocess: null`, and {', '.join(options)} would preprocess images", hint)
+
+
+def _guess_image(image: TensorInfo, given: CardOptions, notes: list[str]) -> dict[str, object]:
+    layout = given.layout or layout_of(image.shape)
+    if layout is None:
+        layout = "NCHW"
+        notes.append(f"input.layout is NCHW: the shape of {image} does not tell")
+    channels, *lengths = channels_and_size(image, layout)
+    size = [length if isinstance(length, int) else 224 for length in lengths]
+    stretched = max(size) <= 64 or size[0] != size[1]
+    if size != lengths and given.crop is None and not (stretched and given.exact):
+        notes.append(f"images are made {size[0]}x{size[1]}: {image} has no fixed height and width")
+    preprocess = _guess_size((size[0], size[1]), given, notes, stretched=stretched)
+    preprocess |= _guess_values(image, size, channels, given, notes)
+    return {"input": {"name": image.name, "layout": layout, "dtype": image.dtype}, "preprocess": preprocess}
+
+
+def _guess_task(result: TensorInfo, *, takes_images: bool) -> Task:
     if result.trimmed is None or len(result.trimmed) != 2 or result.dtype not in FLOAT_DTYPES:
         return "raw"
+    if not takes_images and result.trimmed[1] == 1 and result.op not in ENDS_OF_CLASSIFIERS:
+        return "raw"  # a regression, more likely than two classes
     named = re.search(r"emb|feat|pool|hidden|vector", result.name, re.IGNORECASE)
     return "embedding" if named or result.op in EMBEDDING_OPS else "classification"
 
 
 def _guess_activation(result: TensorInfo) -> tuple[str, str]:
-    if result.op in ("Softmax", "Sigmoid", "HardSigmoid"):
+    if result.op in ENDS_OF_CLASSIFIERS:
         return "none", f"the network ends in {result.op}"
     if result.trimmed is not None and result.trimmed[-1] == 1:
-        return "sigmoid", f"the network ends in {result.op}, with one number per image"
+        return "sigmoid", f"the network ends in {result.op}, with one number per input"
     return "softmax", f"the network ends in {result.op}"
 
 

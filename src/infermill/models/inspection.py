@@ -7,8 +7,9 @@ from typing import Any
 
 from infermill.errors import ModelError, UsageError
 from infermill.models.card import ModelCard, write_card
+from infermill.models.fit import check_network
 from infermill.models.model import beside, open_card, read_labels
-from infermill.models.onnx import NetworkInfo, check_network
+from infermill.models.onnx import NetworkInfo
 from infermill.stores import Location
 from infermill.types import CardOptions, StoreOptions
 

@@ -15,8 +15,9 @@ from obstore.exceptions import PreconditionError
 
 from infermill.errors import InfermillError, ModelError, StoreError
 from infermill.models.card import MAX_CARD_BYTES, ModelCard, digest_of, parse_card, read_card
-from infermill.models.guess import guess_card
-from infermill.models.onnx import NetworkInfo, check_network, describe, external_files, external_names, read_network
+from infermill.models.fit import check_network
+from infermill.models.guess import check_image_options, guess_card
+from infermill.models.onnx import NetworkInfo, describe, external_files, external_names, read_network
 from infermill.stores import STORE_ERRORS, Location, explain, locate, open_store
 from infermill.types import CardOptions, StoreOptions
 
@@ -126,7 +127,10 @@ def open_card(model: str | os.PathLike[str] | ModelCard, store: StoreOptions, gi
 
 
 def _with_options(card: ModelCard, given: CardOptions) -> ModelCard:
+    if card.preprocess is None:
+        check_image_options(given)
     data: dict[str, Any] = card.model_dump(mode="json")
+    resize_before = (data["preprocess"] or {}).get("resize") or {}
     fields: dict[tuple[str, ...], Any] = {
         ("task",): given.task,
         # An option is relative to where the command runs, a card's field to the card.
@@ -141,12 +145,12 @@ def _with_options(card: ModelCard, given: CardOptions) -> ModelCard:
         ("output", "activation"): given.activation,
         ("output", "top_k"): given.top_k,
     }
-    resize = dict(data["preprocess"]["resize"] or {})
+    resize = dict(resize_before)
     if given.shorter is not None or given.exact is not None:
         resize |= {"shorter": given.shorter, "exact": given.exact}
     if given.filter is not None:
         resize["filter"] = given.filter
-    fields["preprocess", "resize"] = resize if resize != (data["preprocess"]["resize"] or {}) else None
+    fields["preprocess", "resize"] = resize if resize != resize_before else None
     for (*parents, name), value in fields.items():
         if value is not None:
             target = data

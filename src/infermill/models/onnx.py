@@ -1,7 +1,6 @@
-"""What an ONNX file holds, told without running it, and whether a card fits it."""
+"""What an ONNX file holds, told without running it."""
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -9,12 +8,10 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from infermill.errors import ModelError
-from infermill.models.card import ModelCard, Preprocess
 
 Dim = int | str | None
 MAX_PROTOBUF_BYTES = 2**31 - 1
 DTYPES = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()} | {1: "float32", 11: "float64"}
-FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Operators that pass values on as they are: what stands behind them tells more about the network.
 PASSIVE_OPS = ("Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout")
 
@@ -24,7 +21,8 @@ class TensorInfo:
     """An input or an output of a network.
 
     A dim of `shape` is a length, a symbol or None; the whole is None where not even the rank is told. `op` is the
-    operator that first computes with the input, or that last computed the output.
+    operator that first computes with the input, or that last computed the output. `dtype` is `sequence`, `map` or
+    `optional` where it is no tensor.
     """
 
     name: str
@@ -42,7 +40,7 @@ class TensorInfo:
 
     def __str__(self) -> str:
         dims = "of unknown shape" if self.shape is None else f"[{', '.join(str(dim or '?') for dim in self.shape)}]"
-        return f"`{_shown(self.name)}` ({self.dtype} {_shown(dims)})"
+        return f"`{shown(self.name)}` ({self.dtype} {shown(dims)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +67,9 @@ class ExternalTensor:
     length: int
 
 
-def _shown(name: str) -> str:
-    return repr(name)[1:-1]  # a damaged name may hold line breaks and control characters
+def shown(name: str) -> str:
+    """A name out of a network, in one line: a damaged one may hold line breaks and control characters."""
+    return repr(name)[1:-1]
 
 
 def read_network(path: Path) -> onnx.ModelProto:
@@ -171,14 +170,14 @@ def _location(tensor: onnx.TensorProto, path: Path) -> str:
 
 def _outside(tensor: onnx.TensorProto, location: str, path: Path) -> ModelError:
     return ModelError(
-        f"{path}: the weights of `{_shown(tensor.name)}` at {location!r} are outside the model's folder",
+        f"{path}: the weights of `{shown(tensor.name)}` at {location!r} are outside the model's folder",
         "keep the files with weights beside the .onnx, as files and not as links",
     )
 
 
 def _located(tensor: onnx.TensorProto, path: Path) -> ExternalTensor:
     location, folder = _location(tensor, path), path.parent.resolve()
-    where = f"{path}: the weights of `{_shown(tensor.name)}` at {location!r}"
+    where = f"{path}: the weights of `{shown(tensor.name)}` at {location!r}"
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
         file = (folder / location).resolve()
@@ -236,6 +235,9 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _tensor(value: onnx.ValueInfoProto, op: str) -> TensorInfo:
+    kind = value.type.WhichOneof("value")
+    if kind not in ("tensor_type", None):
+        return TensorInfo(value.name, kind.removesuffix("_type"), None, op)
     return TensorInfo(value.name, DTYPES.get(value.type.tensor_type.elem_type, "undefined"), _shape(value), op)
 
 
@@ -260,121 +262,3 @@ def _last_op(graph: onnx.GraphProto, name: str) -> str:
         if name in node.output and op in ("", *PASSIVE_OPS):
             op, name = node.op_type, next(iter(node.input), "")
     return op
-
-
-def layout_of(shape: Sequence[Dim] | None) -> str | None:
-    """Where 3 or 1 stands; None where that does not tell."""
-    first, last = (None, None) if shape is None else (shape[1] in (1, 3), shape[3] in (1, 3))
-    return None if first == last else "NCHW" if first else "NHWC"
-
-
-def channels_and_size(image: TensorInfo, layout: str) -> tuple[Dim, Dim, Dim]:
-    _, *dims = image.shape or (None,) * 4
-    return (dims[0], dims[1], dims[2]) if layout == "NCHW" else (dims[2], dims[0], dims[1])
-
-
-def image_input(network: str, name: str | None, info: NetworkInfo) -> TensorInfo:
-    names = [tensor.name for tensor in info.inputs]
-    if name is not None and name not in names:
-        raise ModelError(f"{network} has no input `{name}`", _nearest(name, names, "input.name"))
-    if len(names) != 1:
-        listed = ", ".join(map(str, info.inputs)) or "none"
-        raise ModelError(f"{network} has {len(names)} inputs: {listed}", "export it with one input, the image")
-    image = info.inputs[0]
-    if image.shape is not None and len(image.shape) != 4:
-        raise ModelError(f"the input {image} of {network} is no image", "it must have 4 dims: NCHW or NHWC")
-    if image.dtype not in ("float32", "float16", "uint8"):
-        raise ModelError(f"the input {image} of {network} is no image", "it must be float32, float16 or uint8")
-    return image
-
-
-def _nearest(name: str, known: Sequence[str], field: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean `{field}: {close[0]}`?" if close else f"set `{field}` to one of: {', '.join(known)}"
-
-
-def check_network(card: ModelCard, labels: tuple[str, ...] | None, info: NetworkInfo) -> None:
-    """Prove, before any image is read, that the card fits the network.
-
-    Raises:
-        ModelError: with the field of the card, and the tensor that it does not fit.
-    """
-    network = card.files.onnx
-    image = image_input(network, card.input.name, info)
-    if image.dtype != card.input.dtype:
-        hint = f"set `input.dtype: {image.dtype}`"
-        raise ModelError(f"the input {image} of {network} is not {card.input.dtype}, as the card says", hint)
-    channels, *size = channels_and_size(image, card.input.layout)
-    if isinstance(channels, int) and channels not in (1, 3):
-        seen = layout_of(image.shape)
-        hint = "images have 3 channels, or 1" if seen in (None, card.input.layout) else f"set `input.layout: {seen}`"
-        raise ModelError(f"the input {image} of {network} has {channels} channels in layout {card.input.layout}", hint)
-    _check_size(card, image, size)
-    _check_values(card.preprocess, image, grey=channels == 1)
-    for tensor in chosen_outputs(card, info):
-        _check_output(card, labels, tensor)
-    if info.opset < 7:
-        hint = "convert it: onnx.version_converter.convert_version(model, 17)"
-        raise ModelError(f"{network} is written in opset {info.opset}; runtimes execute 7 and later", hint)
-
-
-def _check_size(card: ModelCard, image: TensorInfo, size: Sequence[Dim]) -> None:
-    made = card.preprocess.height_width
-    wanted = [want if isinstance(want, int) else have for want, have in zip(size, made or (224, 224), strict=True)]
-    if made is None:
-        hint = f"add `preprocess.resize.exact: {wanted}`, or `preprocess.crop.center: {wanted}`"
-        raise ModelError(f"preprocess makes no fixed size, and {image} needs one", hint)
-    if list(made) != wanted:
-        field = "crop.center" if card.preprocess.crop is not None else "resize.exact"
-        hint = f"set `preprocess.{field}: {wanted}`"
-        raise ModelError(f"preprocess makes images of {list(made)}, and {image} takes {wanted}", hint)
-
-
-def _check_values(preprocess: Preprocess, image: TensorInfo, *, grey: bool) -> None:
-    normalised = preprocess.scale != 1 or any(preprocess.mean) or set(preprocess.std) != {1.0}
-    if image.dtype == "uint8" and normalised:
-        hint = "remove `preprocess.scale`, `preprocess.mean` and `preprocess.std`"
-        raise ModelError(f"{image} takes bytes, which cannot be normalised", hint)
-    if grey and (len(set(preprocess.mean)) > 1 or len(set(preprocess.std)) > 1):
-        hint = "give the same number three times in `preprocess.mean`, and in `preprocess.std`"
-        raise ModelError(f"{image} takes grey images, and preprocess has mean or std for each colour", hint)
-    if grey and preprocess.color == "BGR":
-        raise ModelError(f"{image} takes grey images, which have no order of colours", "remove `preprocess.color`")
-
-
-def chosen_outputs(card: ModelCard, info: NetworkInfo) -> tuple[TensorInfo, ...]:
-    """The outputs that predictions are made of: all of them for the task `raw`, unless one is named.
-
-    Raises:
-        ModelError: the network has no output of that name.
-    """
-    names = [tensor.name for tensor in info.outputs]
-    if card.output.name is None:
-        return info.outputs if card.task == "raw" else info.outputs[:1]
-    if card.output.name not in names:
-        hint = _nearest(card.output.name, names, "output.name")
-        raise ModelError(f"{card.files.onnx} has no output `{card.output.name}`", hint)
-    return (info.outputs[names.index(card.output.name)],)
-
-
-def _check_output(card: ModelCard, labels: tuple[str, ...] | None, output: TensorInfo) -> None:
-    if card.task == "raw":
-        return
-    if output.dtype not in FLOAT_DTYPES:
-        hint = "name another output in `output.name`, or set `task: raw`"
-        raise ModelError(f"the output {output} is no {card.task}: it holds no floating-point numbers", hint)
-    shape = output.trimmed or (None, None)
-    if len(shape) < 2 or (len(shape) > 2 and card.task == "classification"):
-        hint = "name another output in `output.name`, or set `task: raw`"
-        raise ModelError(f"the output {output} is no {card.task}: that is one row of numbers per image", hint)
-    if card.task != "classification":
-        return
-    if card.output.activation == "softmax" and output.op == "Softmax":
-        raise ModelError(f"the output {output} comes out of a Softmax already", "set `output.activation: none`")
-    counts = {"`classes` says": card.classes, "`labels` has": None if labels is None else len(labels)}
-    for what, count in counts.items():
-        if count is not None and isinstance(shape[1], int) and count != shape[1]:
-            hint = f"the network has {shape[1]} classes: use the labels, or the network, that belong together"
-            raise ModelError(f"{what} {count}, and the output {output} has {shape[1]} classes", hint)
-    if labels is not None and card.classes not in (None, len(labels)):
-        raise ModelError(f"`classes` says {card.classes}, and `labels` has {len(labels)}", "remove `classes`")

@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Predictor, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
 
 # From its import on, ONNX Runtime sends events to Microsoft, and leaves a device id in the home directory.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -48,10 +45,10 @@ def load(model: Model, threads: int) -> Predictor:
         try:
             session = _session(graph.network, streams, threads)
             device = "cuda" if CUDA in session.get_providers() else "cpu"
-            batch_size = graph.fixed_batch or (CUDA_BATCH_SIZE if device == "cuda" else BATCH_SIZE)
+            batch_size = best_batch_size(graph, CUDA_BATCH_SIZE if device == "cuda" else BATCH_SIZE)
             input_name = session.get_inputs()[0].name
 
-            def infer(batch: NDArray[np.uint8]) -> Arrays:
+            def infer(batch: Batch) -> Arrays:
                 try:
                     return tuple(session.run(list(graph.output_names), {input_name: batch}))
                 except _ERRORS as error:
@@ -63,6 +60,7 @@ def load(model: Model, threads: int) -> Predictor:
     return Predictor(
         run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
         input_shape=graph.input_shape,
+        input_dtype=graph.input_dtype,
         output_names=graph.output_names,
         batch_size=batch_size,
         is_fixed=graph.fixed_batch is not None,

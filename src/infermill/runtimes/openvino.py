@@ -6,11 +6,11 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from infermill.errors import ModelError
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Predictor, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
 
 # With this package, `import openvino` tells Google Analytics of each import, and leaves a folder in the home directory.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -19,6 +19,7 @@ import openvino as ov  # noqa: E402
 
 MAX_STREAMS = 8
 BATCH_SIZE = 8
+_INT32 = np.iinfo(np.int32)
 # Lines of an OpenVINO error that tell its developers where, and nobody what.
 _NOISE = ("Exception from", "Check '", "FrontEnd API", "Summary:", "To facilitate", "Loading input model")
 
@@ -31,7 +32,7 @@ def load(model: Model, threads: int) -> Predictor:
     """
     streams = min(threads, MAX_STREAMS)
     with executable(model) as graph:
-        batch_size = graph.fixed_batch or BATCH_SIZE
+        batch_size = best_batch_size(graph, BATCH_SIZE)
         try:
             requests = _compile(graph.network, streams, threads)
         except RuntimeError as error:
@@ -41,6 +42,7 @@ def load(model: Model, threads: int) -> Predictor:
     return Predictor(
         run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
         input_shape=graph.input_shape,
+        input_dtype=graph.input_dtype,
         output_names=graph.output_names,
         batch_size=batch_size,
         is_fixed=graph.fixed_batch is not None,
@@ -76,7 +78,12 @@ class _Pool:
         self._outputs = outputs
         self._model = model
 
-    def __call__(self, batch: NDArray[np.uint8]) -> Arrays:
+    def __call__(self, batch: Batch) -> Arrays:
+        if batch.dtype == np.int64 and not _INT32.min <= batch.min() <= batch.max() <= _INT32.max:
+            raise ModelError(
+                f"{self._model.card.files.onnx} is given an integer beyond 32 bits, which OpenVINO would cut off",
+                "run it with --runtime onnxruntime; what is finished stays",
+            )
         request = self._requests.get()
         try:
             results = request.infer({0: batch}, share_inputs=True, share_outputs=False)

@@ -17,20 +17,23 @@ from infermill.stores import Location, endpoint_of, explain, locate, without_sec
 from infermill.types import Source, StoreOptions
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TENSOR_SUFFIXES = (".npy",)
 MANIFEST_SUFFIXES = (".txt", ".parquet")
 _GLOB = re.compile(r"[*?\[]")
 
 
 def list_source(
-    uri: str, suffix: tuple[str, ...] | None, options: StoreOptions
+    uri: str, suffix: tuple[str, ...] | None, options: StoreOptions, default: tuple[str, ...] = IMAGE_SUFFIXES
 ) -> tuple[Source, Iterator[pa.RecordBatch]]:
     """Say what `uri` is, and list it as a stream of Arrow batches with the columns key, size and etag.
 
     Args:
         uri: a folder, file, glob, `file://`, `s3://`, `gs://` or `az://` prefix, glob or object, a manifest
             (`.txt`, one URI a line, or `.parquet`). See `rereadable` for standard input.
-        suffix: take only keys that end so, whatever their case; None is every image format, ("",) is everything.
+        suffix: take only keys that end so, whatever their case; None is `default`, ("",) is everything.
             Single objects, manifests and globs that name an extension are taken as they are when it is None.
+        options: how stores are reached.
+        default: the suffixes to take where none are named.
 
     Raises:
         SourceError: the source does not exist.
@@ -43,19 +46,20 @@ def list_source(
         0
     """
     location = locate(uri)
+    suffixes = _suffixes(default if suffix is None else suffix)
     if _is_glob(location, options):
         base, pattern = _split_glob(location)
         if suffix is None and "." in pattern.rpartition("/")[2]:
-            suffix = ("",)
-        return objects.list_prefix(base, options, _suffixes(suffix), pattern)
+            suffixes = ("",)
+        return objects.list_prefix(base, options, suffixes, pattern)
     if _is_folder(location):
-        return objects.list_prefix(location, options, _suffixes(suffix), "")
+        return objects.list_prefix(location, options, suffixes, "")
     if location.path.lower().endswith(MANIFEST_SUFFIXES):
         return manifest.from_file(location, options)
     if location.is_local:
         return objects.single_file(location)
     below = Location(location.scheme, location.container, location.path + "/")
-    return objects.single_object(location, options) or objects.list_prefix(below, options, _suffixes(suffix), "")
+    return objects.single_object(location, options) or objects.list_prefix(below, options, suffixes, "")
 
 
 def canonical(uri: str, options: StoreOptions) -> str:
@@ -118,9 +122,7 @@ def _split_glob(location: Location) -> tuple[Location, str]:
     return base, location.path[cut:]
 
 
-def _suffixes(suffix: tuple[str, ...] | None) -> tuple[str, ...]:
-    if suffix is None:
-        return IMAGE_SUFFIXES
+def _suffixes(suffix: tuple[str, ...]) -> tuple[str, ...]:
     if not suffix:
         raise UsageError("an empty list of suffixes takes nothing", "pass '' to take every key")
     return tuple(one.lower() for one in suffix)

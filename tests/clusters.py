@@ -1,0 +1,203 @@
+"""Spark clusters for the tests: a standalone one with two workers, and a Spark Connect server; real processes each.
+
+A process holds one classic session at a time, and its JVM stays after `stop()`. A remote session leaves
+SPARK_CONNECT_MODE_ENABLED behind, and with it `SparkSession.builder` makes no classic one any more: `open_remote`
+takes it away again. Both at once in one process is refused (SESSION_ALREADY_EXIST).
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from infermill.java import find_java
+from tests.servers import START_SECONDS, free_port
+
+WORKERS = 2
+# Spark refuses to start a driver or an executor with less than 450 MiB.
+LEAST_HEAP = "512m"
+LEAN_JVM = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+# A program that takes the place of this one dies with the process that started it, even by SIGKILL.
+DIE_WITH_PARENT = (
+    "import ctypes, os, sys; sys.platform == 'linux' and "
+    f"ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)}); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+@dataclass(frozen=True)
+class StandaloneCluster:
+    """A master and two workers with a core and a GiB each, all on the loopback interface."""
+
+    master: str
+    folder: Path
+    worker_pids: tuple[int, ...]
+
+    @property
+    def conf(self) -> dict[str, str]:
+        """What a driver sets to be reached by the executors, and to stay small beside other tests."""
+        return {
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.driver.memory": LEAST_HEAP,
+            "spark.driver.extraJavaOptions": LEAN_JVM,
+            "spark.executor.memory": LEAST_HEAP,
+            "spark.executor.extraJavaOptions": LEAN_JVM,
+            "spark.ui.enabled": "false",
+        }
+
+    def executors(self) -> list[int]:
+        """The pids of the executors that run now."""
+        return [process.pid for process in self._below_workers() if _runs(process, "CoarseGrainedExecutorBackend")]
+
+    def python_workers(self) -> list[int]:
+        """The pids of the Python processes that run tasks or wait for them, not of the daemons that fork them."""
+        forks = [process for process in self._below_workers() if _runs(process, "pyspark.daemon")]
+        pids = [process.pid for process in forks]
+        return [process.pid for process in forks if _parent(process) in pids]
+
+    def _below_workers(self) -> list[psutil.Process]:
+        return [process for pid in self.worker_pids for process in psutil.Process(pid).children(recursive=True)]
+
+
+def _runs(process: psutil.Process, program: str) -> bool:
+    with suppress(psutil.Error):  # it has ended meanwhile
+        return any(program in argument for argument in process.cmdline())
+    return False
+
+
+def _parent(process: psutil.Process) -> int | None:
+    with suppress(psutil.Error):
+        return process.ppid()
+    return None
+
+
+@contextmanager
+def run_standalone(folder: Path) -> Iterator[StandaloneCluster]:
+    """A Spark cluster; every daemon has a folder of its own below the given one, with its log and what it writes."""
+    port, web_port = free_port(), free_port()
+    url = f"spark://127.0.0.1:{port}"
+    deploy, host = "org.apache.spark.deploy", ["--host", "127.0.0.1"]
+    ports = ["--port", str(port), "--webui-port", str(web_port)]
+    share = ["--webui-port", "0", "--cores", "1", "--memory", "1G"]
+    with ExitStack() as daemons:
+        master = _Daemon(folder / "master", ["spark-class", f"{deploy}.master.Master", *host, *ports])
+        daemons.enter_context(master)
+        master.wait_until(lambda: _accepts(port))
+        command = ["spark-class", f"{deploy}.worker.Worker", *host, *share, url]
+        workers = [daemons.enter_context(_Daemon(folder / f"worker-{number}", command)) for number in range(WORKERS)]
+        for worker in workers:
+            worker.wait_until(lambda: _registered_workers(web_port) == WORKERS)
+        yield StandaloneCluster(url, folder, tuple(worker.pid for worker in workers))
+
+
+@contextmanager
+def run_connect_server(folder: Path) -> Iterator[str]:
+    """A Spark Connect server with `local[2]` inside, in a process and a folder of its own; the value is its URL."""
+    port = free_port()
+    settings = {
+        "spark.connect.grpc.binding.address": "127.0.0.1",
+        "spark.connect.grpc.binding.port": str(port),
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.driver.host": "127.0.0.1",
+        "spark.ui.enabled": "false",
+    }
+    command = ["spark-submit", "--class", "org.apache.spark.sql.connect.service.SparkConnectServer"]
+    command += ["--master", "local[2]"]
+    command += [argument for name, value in settings.items() for argument in ("--conf", f"{name}={value}")]
+    with _Daemon(folder, [*command, "spark-internal"], LEAST_HEAP) as server:
+        server.wait_until(lambda: _accepts(port))
+        yield f"sc://127.0.0.1:{port}"
+
+
+@contextmanager
+def open_remote(url: str) -> Iterator[Any]:
+    """A session of a Connect server; after it, this process may have classic sessions again."""
+    from pyspark.sql import SparkSession
+
+    session = SparkSession.builder.remote(url).getOrCreate()
+    try:
+        yield session
+    finally:
+        session.stop()
+        os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
+
+
+class _Daemon:
+    """A program of Spark that runs in a folder of its own, and is killed with all that it started."""
+
+    def __init__(self, folder: Path, command: Sequence[str], memory: str = "256m") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        pyspark = find_spec("pyspark")
+        assert pyspark is not None
+        assert pyspark.origin is not None
+        home = Path(pyspark.origin).parent
+        inherited = {name: value for name, value in os.environ.items() if "SPARK" not in name}
+        settings = {
+            "JAVA_HOME": str(find_java().home),
+            "PYSPARK_PYTHON": sys.executable,
+            "SPARK_DAEMON_JAVA_OPTS": LEAN_JVM,
+            "SPARK_DAEMON_MEMORY": memory,
+            "SPARK_HOME": str(home),
+            "SPARK_LOCAL_DIRS": str(folder / "local"),
+            "SPARK_LOCAL_IP": "127.0.0.1",
+            "SPARK_MASTER_OPTS": "-Dspark.master.rest.enabled=false",
+            "SPARK_WORKER_DIR": str(folder / "work"),
+        }
+        program = [sys.executable, "-c", DIE_WITH_PARENT, str(home / "bin" / command[0]), *command[1:]]
+        self._log = folder / "log"
+        with self._log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                program,
+                cwd=folder,
+                env=inherited | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until(self, is_ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                log = self._log.read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"{self._process.args!r} did not start:\n{log}")
+            time.sleep(0.1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(psutil.NoSuchProcess):
+            daemon = psutil.Process(self.pid)
+            for process in [daemon, *daemon.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self._process.wait()
+
+
+def _accepts(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
+        return True
+    return False
+
+
+def _registered_workers(web_port: int) -> int:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{web_port}/json/", timeout=5) as page:
+        return int(json.load(page)["aliveworkers"])
+    return 0
