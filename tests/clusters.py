@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import psutil
 
+from infermill import Options
 from infermill.java import find_java
 from tests.servers import START_SECONDS, free_port
 
@@ -56,6 +57,14 @@ class StandaloneCluster:
             "spark.executor.extraJavaOptions": LEAN_JVM,
             "spark.ui.enabled": "false",
         }
+
+    @property
+    def options(self) -> Options:
+        """What a job runs with; the executors have the credentials of the S3 server, as an instance has its role's."""
+        credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
+        conf = self.conf | {"spark.pyspark.python": sys.executable}
+        conf |= {f"spark.executorEnv.{name}": value for name, value in credentials.items()}
+        return Options(engine="spark", master=self.master, conf=tuple(f"{key}={conf[key]}" for key in conf))
 
     def executors(self) -> list[int]:
         """The pids of the executors that run now."""

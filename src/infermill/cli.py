@@ -57,10 +57,10 @@ def run(
     card: CardFlags = NO_CARD_OPTIONS,
 ) -> int:
     """Predict everything in SOURCE: one row for every object, a prediction or a failure."""
-    from infermill.engines import local
+    from infermill import engines
 
     _log_to_stderr()
-    with local.start(options) as engine:
+    with engines.start(options) as engine:
         from infermill import job, report  # only now: the workers import at the same time
         from infermill.progress import show_progress
 
@@ -81,10 +81,10 @@ def retry(
     options: JobFlags = NO_OPTIONS,
 ) -> int:
     """Predict again what failed for a reason that may pass; the new rows take the place of the old ones."""
-    from infermill.engines import local
+    from infermill import engines
 
     _log_to_stderr()
-    with local.start(options) as engine:
+    with engines.start(options) as engine:
         from infermill import job, report  # only now: the workers import at the same time
         from infermill.progress import show_progress
 

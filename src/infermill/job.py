@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
 
+from infermill import engines
 from infermill.budget import Budget
 from infermill.changes import Changes, failed_rows
-from infermill.engines import local
-from infermill.engines.local import Engine
+from infermill.engines import Engine
 from infermill.errors import SourceError, StoreError, UsageError
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
@@ -48,6 +48,9 @@ from infermill.sources import list_source, rereadable
 from infermill.types import RETRYABLE, CardOptions, FailureCode, Options, PartitionReport, Summary
 from infermill.worker import Job, check_options, suffixes_of
 
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
 NO_REVISION = Revision.write([])
 Existing = Literal["resume", "append", "overwrite"]
 Display = Callable[[Meter], AbstractContextManager[object]]
@@ -63,7 +66,7 @@ def run(
     card_options: CardOptions | None = None,
     display: Display = nullcontext,
     existing: Existing = "resume",
-    engine: Engine | None = None,
+    engine: "Engine | SparkSession | None" = None,
 ) -> Summary:
     """Predict everything in `source`, and account for every object in `output`.
 
@@ -81,7 +84,7 @@ def run(
         existing: what becomes of a job that is there. `resume`: it is finished. `append`: it is finished, the source
             is listed again, what is new is added, and what has changed is predicted again. `overwrite`: it is moved
             aside, into a folder in `output`, and the job starts anew.
-        engine: where the workers run; None starts them on this machine.
+        engine: where the workers run: a Spark session, classic or Connect; None starts what `options.engine` says.
 
     Raises:
         ModelError: the card or the network is wrong; raised before the first object is read.
@@ -139,7 +142,7 @@ def retry(
     options: Options | None = None,
     card_options: CardOptions | None = None,
     display: Display = nullcontext,
-    engine: Engine | None = None,
+    engine: "Engine | SparkSession | None" = None,
 ) -> Summary:
     """Predict again what failed for a reason that may pass; each new row takes the place of the old one.
 
@@ -203,8 +206,10 @@ def empty_source(source: str) -> SourceError:
     )
 
 
-def _started(engine: Engine | None, options: Options) -> AbstractContextManager[Engine]:
-    return local.start(options) if engine is None else nullcontext(engine)
+def _started(engine: "Engine | SparkSession | None", options: Options) -> AbstractContextManager[Engine]:
+    if engine is None:
+        return engines.start(options)
+    return nullcontext(engine if callable(engine) else engines.on_session(engine))
 
 
 def _open(model: str | Path | ModelCard, options: Options, card_options: CardOptions) -> Model:
@@ -293,7 +298,7 @@ class _Driver:
             seconds=round(seconds, 3),
             objects_per_second=round(self.meter.objects / seconds, 2),
             stage_seconds={stage: round(spent, 3) for stage, spent in self.meter.stage_seconds.items()},
-            workers=self.options.workers,
+            workers=self.meter.workers,
             model_loads=self.meter.model_loads,
             halved_batches=self.meter.halved_batches,
             runtime=_all_of(report.runtime for report in reports),

@@ -27,6 +27,9 @@ class Meter:
         self._lock = threading.Lock()
         self.listed = 0
         self.todo: int | None = None  # objects of this run; None while the source is listed
+        self.workers = 0
+        self.activity = "loading the network"  # before the first object is done
+        self.detail = ""  # what an engine has to say beside the objects
         self._reset()
 
     def _reset(self) -> None:
@@ -68,7 +71,7 @@ class Meter:
             counts = Counts(
                 self.objects,
                 self.size_bytes,
-                self.failures,
+                dict(self.failures),
                 self.stage_seconds,
                 self.model_loads,
                 self.halved_batches,

@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -370,14 +370,14 @@ class Output:
         except ValueError as error:
             raise StoreError(f"{place.uri} is damaged: {error}", "`infermill verify` says what else is") from None
 
-    def reports(self, notes: Mapping[str, str]) -> dict[int, PartitionReport]:
-        """What all parts that are there say of themselves.
+    def reports(self, notes: Mapping[str, str], of: Container[int] | None = None) -> dict[int, PartitionReport]:
+        """What the parts that are there say of themselves: all of them, or those `of` some partitions.
 
         Raises:
             JobMismatchError: a part was not written with the same notes.
             StoreError: a part has the name of another one.
         """
-        parts = self.parts()
+        parts = {number: name for number, name in self.parts().items() if of is None or number in of}
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(lambda name: self._report(name, notes), parts.values()))
         reports = {number: report for number, report in zip(parts, found, strict=True) if report is not None}

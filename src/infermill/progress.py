@@ -85,16 +85,17 @@ def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
 def _line(meter: Meter, rates: "_Rates") -> str:
     if meter.todo is None:
         return f"listing: {meter.listed:,} objects"
-    if not meter.model_loads:
-        return "loading the network"
+    if not (meter.model_loads or meter.objects):
+        return meter.activity
     pace = rates.objects_per_second
     parts = [
         f"{meter.objects:,}/{meter.todo:,}",
-        f"{meter.size_bytes / 1e6:,.0f} MB",
+        f"{meter.size_bytes / 1e6:,.0f} MB" if meter.size_bytes else "",
         f"{pace:,.1f}/s",
         f"ETA {duration((meter.todo - meter.objects) / pace) if pace else '?'}",
         f"{meter.failures.total():,} failed",
         f"{rates.bottleneck}-bound" if rates.bottleneck else "",
+        meter.detail,
     ]
     return " · ".join(part for part in parts if part)
 
@@ -109,7 +110,10 @@ def duration(seconds: float) -> str:
 
 
 class _Rates:
-    """The pace over the last few seconds, and the stage that sets it."""
+    """The pace over the last few seconds, and the stage that sets it.
+
+    Where objects are counted a partition at a time, over the last few partitions.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -120,7 +124,7 @@ class _Rates:
     def update(self) -> None:
         now, stages = time.monotonic(), dict(self._meter.stage_seconds)
         self._history.append((now, self._meter.objects, stages))
-        while now - self._history[0][0] > 2 * LOG_SECONDS and len(self._history) > 2:
+        while now - self._history[0][0] > 2 * LOG_SECONDS and len({objects for _, objects, _ in self._history}) > 4:
             self._history.pop(0)
         then, objects, earlier = self._history[0]
         self.objects_per_second = (self._meter.objects - objects) / max(now - then, 1e-9)

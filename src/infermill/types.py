@@ -27,6 +27,7 @@ MAX_PIXELS = 178_956_970
 "Pillow's own limit, beyond which it calls an image a decompression bomb."
 RuntimeName = Literal["openvino", "onnxruntime"]
 DecodeProfile = Literal["exact", "fast"]
+EngineName = Literal["local", "spark"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,14 @@ class Options(StoreOptions):
     "Images with more pixels than this are failures, told before they are decoded."
     max_failures: str | int | None = None
     "Budget of failures, as a number or in percent (1%); the command line ends with exit code 3 beyond it."
+    engine: EngineName = "local"
+    "Where the workers run: on this machine, or as executors of Apache Spark."
+    master: str | None = None
+    "Spark's master: local[N], spark://host:7077, yarn, k8s://…. (default: local[*])"
+    remote: str | None = None
+    "A Spark Connect server to run on: sc://host:15002."
+    conf: tuple[str, ...] = ()
+    "A Spark setting, key=value; repeat it for several."
     partition_objects: int = 512
     "Objects a partition, at most."
     partition_bytes: int = 64 << 20

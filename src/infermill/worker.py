@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,8 +56,30 @@ class Job:
         return {"plan": self.plans[0].plan_id, "digest": self.model.digest}
 
 
+class LoadedNetwork:
+    """The network that a worker has loaded: it stays for the next share of a job."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[object, ...] | None = None
+        self._loaded: tuple[Predictor, TaskRows] | None = None
+
+    def get(self, model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
+        """A model's predictor and its task, loaded where it is not the one that is there."""
+        key = (model.digest, options.runtime, _threads(options))
+        with self._lock:
+            if self._loaded is None or self._key != key:
+                self._loaded = None  # before the next one takes as much memory
+                self._loaded, self._key = load_predictor(model, options, meter), key
+            return self._loaded
+
+
 def run_partitions(
-    job: Job, assignments: Iterable[Assignment], meter: Meter, watch: Watch = unwatched
+    job: Job,
+    assignments: Iterable[Assignment],
+    meter: Meter,
+    watch: Watch = unwatched,
+    network: LoadedNetwork | None = None,
 ) -> Iterator[PartitionReport]:
     """Predict the partitions that are assigned, in one pipeline, and create their parts; or revise rows of parts.
 
@@ -65,6 +88,7 @@ def run_partitions(
         assignments: which partitions; read one by one, when there is room for another.
         meter: counts what is done.
         watch: is told which rows are worked on.
+        network: the one of this worker, where it has more than one share to do.
 
     Yields:
         One report per partition, when its part is there.
@@ -75,7 +99,10 @@ def run_partitions(
     """
     output = Output(job.output, job.options)
     revision, refs = _revision_and_refs(job, output)
-    loaded = functools.cache(lambda: load_predictor(job.model, job.options, meter))
+    network = network or LoadedNetwork()
+
+    def loaded() -> tuple[Predictor, TaskRows]:
+        return network.get(job.model, job.options, meter)
 
     def write(rows: PartitionRows) -> PartitionReport:
         predictor, tasks = loaded()
@@ -101,18 +128,18 @@ def run_partitions(
             raise
 
 
-def try_each(job: Job, places: Sequence[tuple[int, int]], watch: Watch) -> None:
+def try_each(job: Job, places: Sequence[tuple[int, int]], watch: Watch, network: LoadedNetwork) -> None:
     """Decode and predict rows one by one, with nothing else under way: what dies here, dies of the row in hand."""
     refs = functools.lru_cache(maxsize=4)(_revision_and_refs(job, Output(job.output, job.options))[1])
-    network = network_of(*load_predictor(job.model, job.options, Meter()))
-    stages = stages_of(job.source, job.model, job.options, lambda: network)
+    predictor = network_of(*network.get(job.model, job.options, Meter()))
+    stages = stages_of(job.source, job.model, job.options, lambda: predictor)
     for partition, row in places:
         with suppress(BadInputError, MemoryError):  # which the pipeline books
             data = stages.fetch(refs(partition)[row], lambda _: None)
             with watch("decode", [(partition, row)]):
                 image = stages.decode(data)
             with watch("predict", [(partition, row)]):
-                network.predict(image[None])
+                predictor.predict(image[None])
 
 
 def _revision_and_refs(job: Job, output: Output) -> tuple[Revision, Callable[[int], list[ObjectRef]]]:
@@ -128,7 +155,7 @@ def suffixes_of(model: Model) -> tuple[str, ...]:
 
 
 def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
-    """Load the network, once per worker."""
+    """Load the network."""
     check_options(options)
     predictor = load(model, options.runtime, _threads(options))
     meter.loaded()

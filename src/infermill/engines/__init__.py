@@ -1,1 +1,51 @@
-"""Where workers run: each engine is a module with `run(job, ids, meter) -> Iterator[PartitionReport]`."""
+"""Where workers run. An engine is a module whose `start(options)` gives, in a context, a function that runs a job."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from infermill.errors import UsageError
+from infermill.meter import Meter
+from infermill.types import EngineName, Options, PartitionReport
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from infermill.worker import Job  # not here: engines are imported first, to start their workers soon
+
+Engine = Callable[["Job", Sequence[int], Meter], Iterator[PartitionReport]]
+"Runs the partitions of a job that are named, and yields a report when the part of each is there."
+MODULES: dict[EngineName, str] = {"local": "infermill.engines.local", "spark": "infermill.engines.spark"}
+
+
+def start(options: Options) -> AbstractContextManager[Engine]:
+    """Start the workers of `options.engine`, or what starts them.
+
+    Raises:
+        UsageError: there is no such engine, its extra is not installed, or an option is for another one.
+    """
+    if options.engine not in MODULES:
+        raise UsageError(f"there is no engine {options.engine!r}", f"choose one of {', '.join(MODULES)}")
+    if options.engine != "spark" and (options.master or options.remote or options.conf):
+        raise UsageError("--master, --remote and --conf are for Spark", "add --engine spark")
+    if options.master and options.remote:
+        raise UsageError("--master and --remote do not go together", "--remote is for a Spark Connect server")
+    started: AbstractContextManager[Engine] = _module(options.engine).start(options)
+    return started
+
+
+def on_session(session: "SparkSession") -> Engine:
+    """The engine that runs jobs on a Spark session, classic or Connect."""
+    engine: Engine = _module("spark").on(session)
+    return engine
+
+
+def _module(name: EngineName) -> ModuleType:
+    try:
+        return importlib.import_module(MODULES[name])
+    except ImportError as error:
+        if name != "spark":
+            raise
+        raise UsageError(f"Spark cannot be used: {error}", "pip install 'infermill[spark]'") from None

@@ -24,7 +24,7 @@ from infermill.meter import Meter
 from infermill.patience import has_answered
 from infermill.runtimes import MODULES
 from infermill.types import Assignment
-from infermill.worker import Job, run_partitions, try_each
+from infermill.worker import Job, LoadedNetwork, run_partitions, try_each
 
 TELL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -37,11 +37,11 @@ class _Driver:
         self._connection = connection
         self._sending = threading.Lock()
         self._answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+        threading.Thread(target=self._receive, name="receive", daemon=True).start()
 
     def receive_task(self) -> Task:
-        task = self._connection.recv()
+        task = self._answers.get()
         assert isinstance(task, Task)  # noqa: S101
-        threading.Thread(target=self._receive, name="receive", daemon=True).start()
         return task
 
     def _receive(self) -> None:
@@ -88,33 +88,35 @@ def main() -> None:
     _die_with_driver()
     driver = _Driver(Connection(connection))
     logging.getLogger("infermill").addHandler(_Log(driver))
-    try:
+    with suppress(BrokenPipeError):
         _work(driver, Journal(journal), runtime)
-    except (BrokenPipeError, EOFError):
-        os._exit(1)
     # Not by the interpreter's end: threads of native libraries may still run.
-    os._exit(0)
+    os._exit(1)
 
 
 def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
+    """Do one task after the other, with the network loaded once, until one fails or the driver ends."""
     with suppress(Exception):  # loading the network will say it
         importlib.import_module(MODULES[runtime])  # type: ignore[index]
-    task = driver.receive_task()
-    job = task.job
-    for uri in (job.output, *(() if job.source.keys_are_uris else (job.source.root,))):
-        has_answered(uri, job.options)  # to the driver, which has planned the job there
+    network = LoadedNetwork()
     try:
-        if task.suspects is None:
-            _run(driver, job, journal)
-        else:
-            try_each(job, task.suspects, journal.note)
+        while True:
+            task = driver.receive_task()
+            job = task.job
+            for uri in (job.output, *(() if job.source.keys_are_uris else (job.source.root,))):
+                has_answered(uri, job.options)  # to the driver, which has planned the job there
+            if task.suspects is None:
+                _run(driver, job, journal, network)
+            else:
+                try_each(job, task.suspects, journal.note, network)
+            driver.send(Done())
+    except BrokenPipeError:
+        raise
     except Exception as error:  # noqa: BLE001 - raised again by the driver
         driver.send(_raised(error))
-    else:
-        driver.send(Done())
 
 
-def _run(driver: _Driver, job: Job, journal: Journal) -> None:
+def _run(driver: _Driver, job: Job, journal: Journal, network: LoadedNetwork) -> None:
     meter = Meter()
     ended = threading.Event()
 
@@ -122,13 +124,15 @@ def _run(driver: _Driver, job: Job, journal: Journal) -> None:
         while not ended.wait(TELL_SECONDS):
             driver.send(meter.drain())
 
-    threading.Thread(target=tell, name="tell", daemon=True).start()
+    telling = threading.Thread(target=tell, name="tell", daemon=True)
+    telling.start()
     try:
-        for report in run_partitions(job, driver.assignments(), meter, journal.note):
+        for report in run_partitions(job, driver.assignments(), meter, journal.note, network):
             driver.send(meter.drain())
             driver.send(report)
     finally:
         ended.set()
+        telling.join()
     driver.send(meter.drain())
 
 

@@ -16,12 +16,14 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+from infermill.engines import Engine
 from infermill.engines.messages import Ask, Done, Raised, Said, Task
 from infermill.errors import InfermillError
 from infermill.journal import Entry, Journal
@@ -39,15 +41,18 @@ _STDERR = 2
 _MAIN = "from infermill.engines.child import main; main()"
 Place = tuple[int, int]
 "A partition and a row in it."
-Engine = Callable[["Job", Sequence[int], Meter], Iterator[PartitionReport]]
-"Runs the partitions of a job that are named, and yields a report when the part of each is there."
 logger = logging.getLogger("infermill")
 
 
 @contextmanager
-def start(options: Options) -> Iterator[Engine]:
-    """Start `options.workers` workers, which import their libraries while the driver imports its own, and plans."""
-    workers = _Workers(options)
+def start(options: Options, environment: Mapping[str, str] | None = None) -> Iterator[Engine]:
+    """Start `options.workers` workers, which import their libraries while the driver imports its own, and plans.
+
+    Args:
+        options: of the job; but for the runtime and the number of workers, those of each job count when it is run.
+        environment: variables for the workers, beside those of this process.
+    """
+    workers = _Workers(options, environment or {})
     try:
         workers.start()
         yield workers.run
@@ -56,13 +61,16 @@ def start(options: Options) -> Iterator[Engine]:
 
 
 class _Workers:
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
         self._options = options
+        self._environment = environment
         self._lock = threading.Lock()
         self._children: list[_Child] = []
         self._threads: list[threading.Thread] = []
         self.is_stopped = False
         self._idle: list[_Child] = []
+        # A worker ends with the thread that started it (see `child`), and supervisors end with their job.
+        self._spawner = ThreadPoolExecutor(1, "spawn")
 
     def start(self) -> None:
         for _ in range(self._options.workers):
@@ -71,7 +79,7 @@ class _Workers:
     def run(self, job: "Job", ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
         board = _Board(ids)
         events: queue.SimpleQueue[PartitionReport | BaseException | None] = queue.SimpleQueue()
-        running = min(self._options.workers, len(ids))
+        running = meter.workers = min(self._options.workers, len(ids))
         for number in range(running):
             supervise = _Supervisor(self, job, board, meter, events).run
             self._threads.append(threading.Thread(target=supervise, name=f"worker-{number}", daemon=True))
@@ -89,14 +97,19 @@ class _Workers:
                 yield event
 
     def child(self) -> "_Child":
-        """A worker without a task: one of those that were started early, or a new one."""
+        """A worker without a task: one that was started early or is done with another, or a new one."""
         with self._lock:
             if self._idle:
                 return self._idle.pop()
         return self._spawn()
 
+    def is_done(self, child: "_Child") -> None:
+        """It has done its task, and may get another."""
+        with self._lock:
+            self._idle.append(child)
+
     def _spawn(self) -> "_Child":
-        child = _Child(self._options)
+        child = self._spawner.submit(_Child, self._options, self._environment).result()
         with self._lock:
             self._children = [one for one in self._children if not one.is_closed] + [child]
             if self.is_stopped:
@@ -112,12 +125,13 @@ class _Workers:
             thread.join()
         for child in self._children:
             child.close()
+        self._spawner.shutdown()
 
 
 class _Child:
     """A worker process, with the connection to it and its journal."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         self.journal = Journal()
         descriptors = (theirs.fileno(), self.journal.descriptor)
@@ -127,7 +141,7 @@ class _Child:
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
             stdout=_STDERR,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             process_group=0,  # Ctrl-C in a terminal is for the driver alone
         )
         theirs.close()
@@ -296,7 +310,7 @@ class _Supervisor:
                     unreported.subtract({"": message.ok + message.failed, **message.failures_by_code})
                     self._events.put(message)
                 case Done():
-                    child.end()
+                    self._workers.is_done(child)
                     return None, []
         objects = unreported.pop("", 0)
         # What is lost will be counted again.
@@ -335,6 +349,6 @@ class _Supervisor:
         child.answer(Task(self._job, tuple(suspects)))
         for message in child.messages(self._job.options.item_timeout):
             if isinstance(message, Done):
-                child.end()
+                self._workers.is_done(child)
                 return None
         return child.end()

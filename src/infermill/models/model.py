@@ -6,7 +6,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,10 @@ class Model:
     digest: str
     assumptions: tuple[str, ...] = ()
     "What was guessed because neither a card nor an option said it."
+    given: str | ModelCard | None = None
+    "What it was opened from: a URI, a path, or a card."
+    card_options: CardOptions = field(default_factory=CardOptions)
+    "What overrode the card."
 
 
 def open_model(
@@ -73,11 +77,14 @@ def open_model(
         >>> open_model("model.yaml", StoreOptions()).digest  # doctest: +SKIP
         'sha256:5f0c…'
     """
-    opened = open_card(model, store, card_options or CardOptions())
+    card_options = card_options or CardOptions()
+    opened = open_card(model, store, card_options)
     labels = read_labels(opened.card, opened.base, store)
     check_network(opened.card, labels, opened.info)
     files = {"onnx": opened.network, **external_files(opened.graph, opened.network)}
-    return Model(opened.card, opened.network, labels, digest_of(opened.card, labels, files), opened.assumptions)
+    digest = digest_of(opened.card, labels, files)
+    given = model if isinstance(model, ModelCard) else os.fspath(model)
+    return Model(opened.card, opened.network, labels, digest, opened.assumptions, given, card_options)
 
 
 @dataclass(frozen=True, slots=True)

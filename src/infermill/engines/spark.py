@@ -1,0 +1,251 @@
+"""Executors of Apache Spark as workers.
+
+    driver                                          Python worker of an executor          worker process
+    range(tasks) ─ mapInArrow ─► partition numbers ─► spark_task.run ─► engines.local ─► run_partitions
+    the output's listing ◄─────────────────────────────── parts ◄─────────────────────────────┘
+    collect ◄──────────────────────── counts, and what the listing cannot tell
+
+Spark schedules, and tries again what dies with a machine; DataFrames are all that is used of it, so that Spark Connect
+does as well as classic Spark. What is done is seen in the output while the tasks run, since a task answers at its end.
+"""
+
+import json
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
+from pyspark.sql import SparkSession
+
+from infermill import shipping
+from infermill.engines import Engine, spark_task
+from infermill.errors import InfermillError, UsageError
+from infermill.meter import Counts, Meter
+from infermill.output import Output
+from infermill.session import first_line, local_cores, spark_session
+from infermill.types import Options, PartitionReport
+from infermill.worker import Job
+
+TASKS_PER_SLOT = 3
+"So that an executor which is slower than others gets less to do."
+PARTITIONS_PER_TASK = 8
+"At most: a pipeline runs empty at the end of each task, and other executors may join later."
+TAIL_PARTITIONS = 20
+"Of which it is told where they are, when no more are left."
+_POLL_SECONDS = 1.0
+logger = logging.getLogger("infermill")
+
+
+@contextmanager
+def start(options: Options) -> Iterator[Engine]:
+    """Start Spark, or connect to it, as the options say.
+
+    Raises:
+        UsageError, InfermillError: as `session.spark_session`.
+    """
+    if options.workers > 1:
+        raise UsageError(
+            "--workers is for this machine: on Spark, every executor is one",
+            "set their number with --conf spark.executor.instances=N",
+        )
+    where = options.remote or options.master or "this machine"
+    logger.info("starting Spark on %s", where if "token=" not in where else "a Spark Connect server")
+    with spark_session(options) as session:
+        yield on(session)
+
+
+def on(session: SparkSession, partitions_per_task: int | None = None) -> Engine:
+    """The engine that runs jobs on a session: a classic one, or one of Spark Connect.
+
+    Args:
+        session: the session.
+        partitions_per_task: how many partitions one task does, in one pipeline. (default: by the number of executors)
+    """
+    return partial(_run, session, partitions_per_task)
+
+
+def _run(
+    session: SparkSession, partitions_per_task: int | None, job: Job, ids: Sequence[int], meter: Meter
+) -> Iterator[PartitionReport]:
+    meter.activity = "waiting for executors"
+    shape = _shape(session)
+    per_task = partitions_per_task or min(-(-len(ids) // (TASKS_PER_SLOT * shape.slots)), PARTITIONS_PER_TASK)
+    shares = [tuple(ids[at : at + per_task]) for at in range(0, len(ids), per_task)]
+    model = shipping.ship_model(
+        session, job.model, job.model.given or job.model.card, job.options, job.model.card_options
+    )
+    run = uuid.uuid4().hex
+    function = shipping.task(spark_task.run, spark_task.Work(job, model, shares, run))
+    frame = session.range(0, len(shares), 1, len(shares)).mapInArrow(function, "answer string", profile=shape.profile)
+    place = Output(job.output, job.options)
+    watch = _Watch(place, job, ids, meter, run)
+    answer = _Collected(session, frame)
+    try:
+        while not answer.is_done(watch.pause_seconds):
+            yield from watch.new_reports()
+        yield from _answered(answer.rows(), watch, meter)
+    finally:
+        answer.cancel()
+        place.delete([f"{spark_task.RUNNING_FOLDER}/{name}" for name in watch.running()])
+
+
+def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter) -> Iterator[PartitionReport]:
+    workers: set[str] = set()
+    for row in rows:
+        answer = json.loads(row)
+        if "report" in answer:
+            report = PartitionReport(**answer["report"])
+            if watch.is_new(report):
+                yield report
+        else:
+            workers.add(answer["worker"])
+            # Its objects were counted when their parts were seen.
+            meter.add(replace(Counts(**answer["counts"]), objects=0, failures={}))
+    meter.workers = len(workers)
+
+
+class _Watch:
+    """Sees in the output what is done and what is being done."""
+
+    def __init__(self, place: Output, job: Job, ids: Sequence[int], meter: Meter, run: str) -> None:
+        self._place = place
+        self._notes = job.notes
+        self._run = run
+        self._meter = meter
+        self._left = set(ids)
+        self._total = len(ids)
+        # Of those that are revised: their reports are in the answers of the tasks.
+        self._old = set(place.parts())
+        self._running: dict[str, Mapping[str, Any]] = {}
+        self.pause_seconds = _POLL_SECONDS
+
+    def new_reports(self) -> Iterator[PartitionReport]:
+        started = time.monotonic()
+        found = self._place.reports(self._notes, of=self._left - self._old)
+        for report in found.values():
+            if self.is_new(report):
+                yield report
+        done = f"{self._total - len(self._left):,}/{self._total:,} partitions"
+        is_tail = 0 < len(self._left) <= min(TAIL_PARTITIONS, self._total // 2)
+        self._meter.detail = f"{done}, last: {self._tail()}" if is_tail else done
+        # Listing 10,000 parts takes a second, and costs money.
+        self.pause_seconds = max(_POLL_SECONDS, 20 * (time.monotonic() - started))
+
+    def is_new(self, report: PartitionReport) -> bool:
+        if report.partition not in self._left:
+            return False
+        self._left.remove(report.partition)
+        self._meter.add(Counts(objects=report.ok + report.failed, failures=report.failures_by_code))
+        return True
+
+    def _tail(self) -> str:
+        """Which partitions are last, and where."""
+        for name in self.running():
+            if name not in self._running:
+                content = self._place.read(f"{spark_task.RUNNING_FOLDER}/{name}")
+                self._running[name] = json.loads(content) if content else {"host": "?", "partitions": []}
+        places: dict[str, list[str]] = {}
+        for partition in sorted(self._left):
+            hosts = {one["host"] for one in self._running.values() if partition in one["partitions"]}
+            places.setdefault(" and ".join(sorted(hosts)) or "no executor yet", []).append(str(partition))
+        return "; ".join(f"{', '.join(numbers)} on {host}" for host, numbers in places.items())
+
+    def running(self) -> list[str]:
+        """The names of what the tasks of this run have left to say where they are."""
+        return [name for name in self._place.names(spark_task.RUNNING_FOLDER) if name.startswith(self._run)]
+
+
+class _Collected:
+    """A DataFrame's rows, collected in a thread of its own, so that the caller can watch and cancel."""
+
+    def __init__(self, session: SparkSession, frame: Any) -> None:
+        self._session = session
+        self._tag = f"infermill-{uuid.uuid4().hex}"
+        self._pool = ThreadPoolExecutor(1, "spark")
+        self._rows: Future[list[str]] = self._pool.submit(self._collect, frame)
+
+    def _collect(self, frame: Any) -> list[str]:
+        self._session.addTag(self._tag)  # of this thread alone
+        return [row.answer for row in frame.collect()]
+
+    def is_done(self, within_seconds: float) -> bool:
+        with suppress(TimeoutError):
+            self._rows.exception(timeout=within_seconds)
+        return self._rows.done()
+
+    def rows(self) -> list[str]:
+        """What the tasks answered.
+
+        Raises:
+            InfermillError: as a task raised it, or that Spark gave up.
+        """
+        error = self._rows.exception()
+        if error is None:
+            return self._rows.result()
+        told = shipping.translated(error)
+        if told is not None:
+            raise told from None
+        reason = first_line(error)
+        if reason.startswith("ModuleNotFoundError"):
+            raise InfermillError(
+                f"the Python of the executors cannot run Spark's tasks: {reason}",
+                "name one that has what infermill depends on, as it is called there: --conf spark.pyspark.python=…",
+            ) from None
+        raise InfermillError(
+            f"Spark gave up: {reason}",
+            "finished parts stay, and the same command resumes; the logs of the executors say more",
+        ) from error
+
+    def cancel(self) -> None:
+        if not self._rows.done():
+            self._session.interruptTag(self._tag)
+        self._pool.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How many tasks run at once, and what a task must ask for to have an executor to itself."""
+
+    slots: int
+    profile: ResourceProfile | None = None
+
+
+def _shape(session: SparkSession) -> _Shape:
+    if shipping.runs_here(session):
+        cores = local_cores(session.conf.get("spark.master")) or 1
+        return _Shape(max(cores // int(session.conf.get("spark.task.cpus", "1")), 1))
+    shipping.ship_code(session)
+    executors = survey(session)
+    slots = sum(one["slots"] for one in executors)
+    is_chosen = session.conf.get("spark.task.cpus", None) is not None
+    cores = min(one["cores"] for one in executors)
+    if is_chosen or cores == 1:
+        return _Shape(max(slots, 1))
+    profile = ResourceProfileBuilder().require(TaskResourceRequests().cpus(cores)).build
+    return _Shape(max(slots // cores, 1), profile)
+
+
+def survey(session: SparkSession) -> list[dict[str, Any]]:
+    """What each executor is: its host, cores, Python, versions and GPUs, and how many tasks of the survey it did.
+
+    Raises:
+        InfermillError: Spark runs no task, or its Python workers cannot run infermill; with the reason.
+    """
+    # As many partitions as there are cores to run them: which is nowhere else to be had on Spark Connect.
+    answer = _Collected(session, session.range(1 << 16).mapInArrow(shipping.task(spark_task.describe), "answer string"))
+    try:
+        while not answer.is_done(_POLL_SECONDS):
+            pass
+        rows = [json.loads(row) for row in answer.rows()]
+    finally:
+        answer.cancel()
+    executors = {(one["host"], one["executor"]): one for one in rows}
+    slots = Counter((one["host"], one["executor"]) for one in rows)
+    return [one | {"slots": slots[place]} for place, one in sorted(executors.items())]

@@ -1,0 +1,171 @@
+"""What runs in the Python worker of a Spark executor: a share of a job's partitions, done by a worker process.
+
+The worker process is the same as on one machine, and stays for the next task, with the network loaded. An input that
+brings it down costs one row, as it does there, and not the task.
+"""
+
+import atexit
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+from pyspark import TaskContext
+from pyspark.resource import ResourceInformation
+
+from infermill import __version__, shipping
+from infermill.engines import Engine, local
+from infermill.meter import Meter
+from infermill.models.model import Model
+from infermill.output import Output
+from infermill.patience import has_answered
+from infermill.record import FOLDER
+from infermill.shipping import ShippedModel
+from infermill.types import Options
+from infermill.worker import Job, usable_cores
+
+RUNNING_FOLDER = f"{FOLDER}/running"
+_SPREAD_SECONDS = 0.3
+_EXECUTOR = re.compile(r"executor", re.IGNORECASE)
+_engines: dict[tuple[object, ...], Engine] = {}
+_models: dict[str, Model] = {}
+_open_engines = ExitStack()
+atexit.register(_open_engines.close)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A job on Spark: what its tasks are pickled with."""
+
+    job: Job
+    model: ShippedModel
+    shares: Sequence[Sequence[int]]
+    "The partitions of each task."
+    run: str
+    "Names what this run leaves in the output while it runs."
+
+
+def run(work: Work, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Do the tasks whose numbers come in, and answer with a report for each partition and the counts of each task.
+
+    Raises:
+        RuntimeError: an error of infermill, as `shipping.translated` reads it.
+    """
+    with shipping.errors_told():
+        for batch in batches:
+            for number in batch["id"].to_pylist():
+                yield from _do(work, number)
+
+
+def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
+    context = TaskContext.get()
+    assert context is not None  # noqa: S101 - this is a task
+    ids, options = work.shares[number], replace(work.job.options, workers=1)
+    options = replace(options, threads=options.threads or min(context.cpus(), usable_cores()))
+    for uri in (work.job.output, *(() if work.job.source.keys_are_uris else (work.job.source.root,))):
+        has_answered(uri, options)  # to the driver
+    place = Output(work.job.output, options)
+    running = {"host": socket.gethostname(), "partitions": list(ids)}
+    name = f"{work.run}-{number}-{context.attemptNumber()}.json"
+    place.create(f"{RUNNING_FOLDER}/{name}", json.dumps(running).encode())
+    job, meter = replace(work.job, options=options, model=_model(work.model)), Meter()
+    done = {}
+    if context.attemptNumber() > 0 and job.revision is None:
+        done = place.reports(job.notes, of=ids)
+    for report in done.values():
+        yield _answer({"report": asdict(report)})
+    todo = [partition for partition in ids if partition not in done]
+    if todo:
+        for report in _engine(options, device_environment(context.resources()))(job, todo, meter):
+            yield _answer({"report": asdict(report)})
+    worker = f"{socket.gethostname()}/{os.getpid()}"
+    yield _answer({"worker": worker, "counts": asdict(meter.drain())})
+
+
+def _answer(content: Mapping[str, object]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict({"answer": [json.dumps(content)]})
+
+
+def _model(shipped: ShippedModel) -> Model:
+    if shipped.digest not in _models:
+        _models.clear()
+        _models[shipped.digest] = shipped.open()
+    return _models[shipped.digest]
+
+
+def _engine(options: Options, environment: Mapping[str, str]) -> Engine:
+    """The worker process of this Python worker; a task on another device gets another one."""
+    key = (options.runtime, *sorted(environment.items()))
+    if key not in _engines:
+        _open_engines.close()
+        _engines.clear()
+        _engines[key] = _open_engines.enter_context(local.start(options, environment))
+    return _engines[key]
+
+
+def device_environment(resources: Mapping[str, ResourceInformation]) -> dict[str, str]:
+    """Which GPUs a worker process may use: those that Spark gave the task; else those that it would see anyway.
+
+    Example:
+        >>> device_environment({"gpu": ResourceInformation("gpu", ["2"])})
+        {'CUDA_VISIBLE_DEVICES': '2'}
+    """
+    given = resources.get("gpu")
+    return {} if given is None else {"CUDA_VISIBLE_DEVICES": ",".join(given.addresses)}
+
+
+def describe(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Say what this executor is, after a moment in which the others get their tasks, too."""
+    for _ in batches:
+        pass
+    time.sleep(_SPREAD_SECONDS)
+    executor, cores = _executor()
+    context = TaskContext.get()
+    assert context is not None  # noqa: S101 - this is a task
+    environment = os.environ | device_environment(context.resources())
+    yield _answer(
+        {
+            "host": socket.gethostname(),
+            "executor": executor,
+            "cores": cores or context.cpus(),
+            "python": platform.python_version(),
+            "infermill": __version__,
+            "openvino": _version("openvino"),
+            "onnxruntime": _version("onnxruntime"),
+            "gpus": environment.get("CUDA_VISIBLE_DEVICES", ""),
+        }
+    )
+
+
+def _version(package: str) -> str:
+    """Read from its files: importing it takes a second."""
+    for name in (package, f"{package}-gpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _executor() -> tuple[str, int | None]:
+    """A name for this executor on its host, and its cores: from its command line, for Spark tells neither to Python."""
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # no Linux
+            break
+        if "--executor-id" in arguments and "--cores" in arguments:
+            cores = arguments[arguments.index("--cores") + 1]
+            return arguments[arguments.index("--executor-id") + 1], int(cores)
+        pid = parent
+    return "", None

@@ -1,0 +1,175 @@
+"""The Spark session that `--master`, `--remote` and `--conf` ask for."""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyspark import SparkContext
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from infermill.errors import InfermillError, UsageError
+from infermill.java import find_java
+from infermill.types import Options
+from infermill.worker import usable_cores
+
+CONNECT_PORT = 15_002
+_CONNECT_SECONDS = 10.0
+_LOGGING = Path(__file__).with_name("log4j2.properties")
+
+
+@contextmanager
+def spark_session(options: Options) -> Iterator[SparkSession]:
+    """Start Spark, or connect to it; what was started ends with the context.
+
+    A session that this process has already is taken as it is where no option asks for another one.
+
+    Raises:
+        UsageError: a `--conf` is not `key=value`.
+        InfermillError: there is no Java, or Spark does not start, or nothing answers at `--remote`.
+    """
+    conf = parsed_conf(options.conf)
+    active = None if options.master or options.remote or conf else SparkSession.getActiveSession()
+    if active is not None:
+        yield active
+        return
+    had_java = SparkContext._gateway is not None
+    session = _connected(options.remote, conf) if options.remote else _started(options.master or "local[*]", conf)
+    try:
+        yield session
+    finally:
+        session.stop()
+        os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)  # which a remote session leaves, and no other can start with
+        if not had_java:
+            _end_java()
+
+
+def _end_java() -> None:
+    """End the JVM, which a session leaves behind, and which would give its settings to the next one."""
+    gateway = SparkContext._gateway
+    if gateway is not None:
+        gateway.shutdown()
+        gateway.proc.stdin.close()
+        gateway.proc.wait()
+        SparkContext._gateway = SparkContext._jvm = None
+
+
+def parsed_conf(settings: tuple[str, ...]) -> dict[str, str]:
+    """`("spark.executor.cores=4",)` as a mapping.
+
+    Raises:
+        UsageError: one is not `key=value`.
+
+    Example:
+        >>> parsed_conf(("spark.executor.cores=4",))
+        {'spark.executor.cores': '4'}
+    """
+    pairs = [setting.partition("=") for setting in settings]
+    for key, equals, _ in pairs:
+        if not (key and equals):
+            raise UsageError(f"--conf {key} is not key=value", "write --conf spark.executor.cores=4")
+    return {key: value for key, _, value in pairs}
+
+
+def _connected(remote: str, conf: Mapping[str, str]) -> SparkSession:
+    address = re.match(r"sc://(\[[^]]*\]|[^:/;]+)(?::(\d+))?", remote)
+    if address:  # Spark itself would ask for ten minutes
+        host, port = address[1].strip("[]"), int(address[2] or CONNECT_PORT)
+        try:
+            socket.create_connection((host, port), _CONNECT_SECONDS).close()
+        except OSError as error:
+            raise InfermillError(
+                f"no Spark Connect server answers at {host}:{port}: {error.strerror or error}",
+                "start one with $SPARK_HOME/sbin/start-connect-server.sh, or check --remote",
+            ) from None
+    return _built(SparkSession.builder.remote(remote), conf, f"--remote {address[0] if address else 'URL'}")
+
+
+def _started(master: str, conf: Mapping[str, str]) -> SparkSession:
+    java = find_java()
+    defaults = {
+        "spark.app.name": "infermill",
+        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
+        "spark.ui.showConsoleProgress": "false",
+    }
+    environment = {"JAVA_HOME": str(java.home)}
+    cores = local_cores(master)
+    if cores is not None:
+        # One task at a time, whose worker has all cores; and nothing that listens is seen from outside.
+        defaults |= {
+            "spark.task.cpus": str(cores),
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.ui.enabled": "false",
+        }
+        environment |= {"SPARK_LOCAL_IP": "127.0.0.1"}
+    if "spark.pyspark.python" in conf:  # which only spark-submit would read
+        environment |= {"PYSPARK_PYTHON": conf["spark.pyspark.python"]}
+    elif master.startswith("local"):
+        environment |= {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}
+    with _environment(environment):
+        return _built(SparkSession.builder.master(master), {**defaults, **conf}, f"--master {master}")
+
+
+def local_cores(master: str) -> int | None:
+    """The cores of `local[N]`, whose executor is the driver itself; None for a cluster.
+
+    Example:
+        >>> [local_cores(master) for master in ("local", "local[4]", "local[4, 2]", "local-cluster[2,1,1024]", "yarn")]
+        [1, 4, 4, None, None]
+    """
+    found = re.fullmatch(r"local(?:\[\s*(\*|\d+)\s*(?:,[^]]*)?\])?", master)
+    if found is None:
+        return None
+    return usable_cores() if found[1] == "*" else int(found[1] or 1)
+
+
+def _built(builder: SparkSession.Builder, conf: Mapping[str, str], what: str) -> SparkSession:
+    for key, value in conf.items():
+        builder = builder.config(key, value)
+    try:
+        return builder.getOrCreate()
+    except (PySparkException, OSError, RuntimeError) as error:
+        raise InfermillError(f"Spark does not start with {what}: {first_line(error)}", _HINT) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("py4j", "grpc"):
+            raise
+        raise InfermillError(f"Spark does not start with {what}: {first_line(error)}", _HINT) from None
+
+
+_HINT = "check the address and the settings; `infermill doctor` says which Java is used"
+
+
+def first_line(error: BaseException) -> str:
+    """The line of what Spark raises that says what happened: Python's, or Java's, or the first.
+
+    Example:
+        >>> first_line(RuntimeError("A worker failed:\\nTraceback (most recent call last):\\n  File …\\nValueError: no"))
+        'ValueError: no'
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    tracebacks = [at for at, line in enumerate(lines) if line.startswith("Traceback ")]
+    if tracebacks:
+        raised = [line for line in lines[tracebacks[0] + 1 :] if not line.startswith(" ")]
+        return raised[0] if raised else lines[0]
+    java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
+    return (java or lines or [type(error).__name__])[0]
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """What Spark reads from the environment when it starts."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key in variables:
+            if key in before:
+                os.environ[key] = before[key]
+            else:
+                os.environ.pop(key, None)
