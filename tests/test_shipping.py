@@ -1,0 +1,142 @@
+"""How infermill reaches a Python worker, and how its errors come back; see test_spark.py, too."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pyspark import cloudpickle
+from pyspark.errors import PythonException
+from pyspark.sql import SparkSession
+
+from infermill import errors, load_model
+from infermill.errors import InfermillError, ModelError, UsageError
+from infermill.java import find_java
+from infermill.models.card import ModelCard
+from infermill.models.model import open_model
+from infermill.shipping import ShippedModel, errors_told, task, translated
+from infermill.spark import predict, register
+from infermill.types import StoreOptions
+from tests.clusters import StandaloneCluster
+from tests.images import jpeg_bytes, photo
+from tests.networks import tiny_classifier
+
+RUN_TASK = "import pickle, sys; print(pickle.load(sys.stdin.buffer)('input'))"
+
+
+def greet(greeting: str, name: str) -> str:
+    return f"{greeting}, {name}"
+
+
+def run_elsewhere(modules: dict[str, str], folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a task in a Python that finds these modules first."""
+    for name, source in modules.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(source)
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{root}"}
+    pickled = cloudpickle.dumps(task(greet, "hello"))
+    return subprocess.run(
+        [sys.executable, "-c", RUN_TASK], input=pickled, env=environment, capture_output=True, check=False
+    )
+
+
+def test_a_task_runs_where_infermill_is(tmp_path: Path) -> None:
+    assert run_elsewhere({}, tmp_path).stdout == b"hello, input\n"
+
+
+@pytest.mark.parametrize(
+    ("modules", "problem"),
+    [
+        ({"infermill.py": "raise ImportError('there is no infermill')"}, "there is no infermill"),
+        ({"infermill.py": "__version__ = '0.0.7'"}, "has infermill 0.0.7, and the driver has"),
+        ({"obstore.py": "raise ImportError('no obstore here')"}, "no obstore here"),
+    ],
+)
+def test_one_line_tells_why_a_task_cannot_run(modules: dict[str, str], problem: str, tmp_path: Path) -> None:
+    text = run_elsewhere(modules, tmp_path).stderr.decode()
+    error = translated(RuntimeError(text))
+    assert error is not None, text
+    assert problem in error.message
+    assert sys.executable in error.message
+    assert "PYSPARK_PYTHON" in error.hint
+    assert [line for line in text.splitlines() if line.startswith("RuntimeError")] == [text.splitlines()[-1]]
+
+
+def test_errors_come_back_as_they_were() -> None:
+    told = ModelError('it is "wrong"\nin Zürich', "write\tit again")
+    with pytest.raises(RuntimeError) as caught, errors_told():
+        raise told
+    java = f"org.apache.spark.SparkException: Job aborted: Traceback\nRuntimeError: {caught.value}\n\tat Main.java:1)\n"
+    error = translated(ValueError(java))
+    assert type(error) is ModelError
+    assert (error.message, error.hint) == (told.message, told.hint)
+
+
+def test_every_error_of_ours_comes_back() -> None:
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, InfermillError):
+            with pytest.raises(RuntimeError) as caught, errors_told():
+                raise kind("message", "hint")
+            assert type(translated(caught.value)) is kind
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "infermill-error: ", 'infermill-error: {"error": "ModelErr', 'infermill-error: {"error": "os"}', "no match"],
+)
+def test_other_errors_are_not_taken_for_ours(text: str) -> None:
+    assert translated(RuntimeError(text)) is None
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(ZeroDivisionError), errors_told():
+        _ = 1 / 0
+
+
+def test_shipped_models_are_equal_by_digest(tmp_path: Path) -> None:
+    tiny_classifier(tmp_path / "a.onnx")
+    tiny_classifier(tmp_path / "b.onnx", seed=1)
+    first, second = (open_model(tmp_path / name, StoreOptions()) for name in ("a.onnx", "b.onnx"))
+    assert ShippedModel(first.digest, first) == ShippedModel(first.digest, second)
+    assert ShippedModel(first.digest, first) != ShippedModel(second.digest, first)
+
+
+def test_executors_get_infermill_and_a_local_model(
+    standalone: StandaloneCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "infermill.py").write_text("raise ImportError('this Python has no infermill')")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PYSPARK_PYTHON", str(python))
+    monkeypatch.setenv("JAVA_HOME", str(find_java().home))
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    card = ModelCard.model_validate(
+        {
+            "name": "tiny",
+            "files": {"onnx": str(tiny_classifier(tmp_path / "tiny.onnx", external_data=True))},
+            "preprocess": {"resize": {"exact": [32, 32]}},
+        }
+    )
+    images = [jpeg_bytes(photo(number, (60, 50))) for number in range(20)]
+    builder = SparkSession.builder.master(standalone.master)
+    for name, value in standalone.conf.items():
+        builder = builder.config(name, value)
+    session = builder.getOrCreate()
+    try:
+        frame = session.createDataFrame([(image,) for image in images], "content binary").repartition(4)
+        rows = predict(frame, card).collect()
+        register(session, "classify", card)
+        with pytest.raises(PythonException) as caught:
+            session.sql("SELECT classify(array(1.0))").collect()
+    finally:
+        session.stop()
+    error = translated(caught.value)
+    assert isinstance(error, UsageError)
+    assert "takes images" in error.message
+    told = {bytes(row.content): [tuple(one) for one in row.prediction.top] for row in rows}
+    for image, one in zip(images, load_model(card)(images), strict=True):
+        assert one.top is not None
+        assert told[image] == [(label.index, label.label, label.score) for label in one.top]
