@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from infermill.doctor import Finding, _package, _s3_credentials, examine
+from infermill.types import Options
 
 
 def finding(name: str) -> Finding:
-    return next(one for one in examine() if one.name == name)
+    return next(one for one in examine(Options()) if one.name == name)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cyclopts.validators import mutually_exclusive
 
 from infermill import __version__
 from infermill.errors import BudgetError, InfermillError, UsageError
-from infermill.types import RETRYABLE, CardOptions, Options, StoreOptions
+from infermill.types import RETRYABLE, CardOptions, EngineName, Options, StoreOptions
 
 app = App(
     name="infermill",
@@ -165,12 +165,19 @@ def inspect(
 
 
 @app.command
-def doctor(*, json: Json = False) -> int:
+def doctor(
+    *,
+    json: Json = False,
+    engine: Annotated[EngineName, Parameter(help="With `spark`, ask each executor of a cluster, too.")] = "local",
+    master: Annotated[str | None, Parameter(help="The cluster, as for `run`.")] = None,
+    remote: Annotated[str | None, Parameter(help="The Spark Connect server, as for `run`.")] = None,
+    conf: Annotated[tuple[str, ...], Parameter(help="A Spark setting, key=value; repeat it for several.")] = (),
+) -> int:
     """Show what is installed and usable; every ✗ comes with a hint."""
     from infermill import report
     from infermill.doctor import examine
 
-    findings = examine()
+    findings = examine(Options(engine=engine, master=master, remote=remote, conf=conf))
     print(jsonlib.dumps([dataclasses.asdict(one) for one in findings]) if json else report.findings_text(findings))
     return 0 if all(one.usable or one.optional for one in findings) else 1
 

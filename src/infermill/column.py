@@ -5,6 +5,7 @@ one open stream: nothing drains between batches; the network stays in the proces
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyspark import TaskContext
 
 from infermill.decode.image import prepare_array
 from infermill.decode.tensor import to_row
@@ -29,8 +29,9 @@ from infermill.predictions import TaskRows
 from infermill.runtimes import Predictor
 from infermill.shipping import ShippedModel, errors_told
 from infermill.stores import locate
+from infermill.task_resources import task_cores, task_devices
 from infermill.types import ObjectRef, Options, RuntimeName, Source
-from infermill.worker import load_predictor, network_of, stages_of, usable_cores
+from infermill.worker import load_predictor, network_of, stages_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -71,7 +72,7 @@ def predict_column(job: ColumnJob, batches: Iterator[pa.Array]) -> Iterator[pa.A
         first = next(batches, None)
         if first is None:
             return
-        options = replace(job.options, threads=job.options.threads or _cores(), workers=1)
+        options = replace(job.options, threads=job.options.threads or task_cores(), workers=1)
         model, predictor, tasks = _loaded(job.model, options.runtime, options.threads)
         stages = _stages(first.type, model, options, predictor, tasks)
         with closing(run_pipeline(_shares(chain([first], batches)), stages, Meter())) as finished:
@@ -81,7 +82,7 @@ def predict_column(job: ColumnJob, batches: Iterator[pa.Array]) -> Iterator[pa.A
 def load_batch_predict(job: ColumnJob) -> Callable[[NDArray[Any]], dict[str, NDArray[Any]]]:
     """Load the network, and return the function that `predict_batch_udf` calls with the rows of a batch."""
     with errors_told():
-        options = replace(job.options, threads=job.options.threads or _cores(), workers=1)
+        options = replace(job.options, threads=job.options.threads or task_cores(), workers=1)
         model, predictor, tasks = _loaded(job.model, options.runtime, options.threads)
         stages = _stages(None, model, options, predictor, tasks)
         blank, _ = tasks.finish(predictor(np.zeros((1, *predictor.input_shape), predictor.input_dtype)))
@@ -109,14 +110,9 @@ def _at_most_2d(array: NDArray[Any]) -> NDArray[Any]:
 # Tasks of one worker process come one after the other, and it is forked before it has loaded anything.
 @functools.lru_cache(maxsize=MODELS_IN_A_PROCESS)
 def _loaded(shipped: ShippedModel, runtime: RuntimeName, threads: int | None) -> tuple[Model, Predictor, TaskRows]:
+    os.environ.update(task_devices())  # which this process has for good
     model = shipped.open()
     return model, *load_predictor(model, Options(runtime=runtime, threads=threads), Meter())
-
-
-def _cores() -> int:
-    """Those of this task: Spark runs as many tasks beside it as the executor has others."""
-    context = TaskContext.get()
-    return usable_cores() if context is None else context.cpus()
 
 
 def _stages(kind: pa.DataType | None, model: Model, options: Options, predictor: Predictor, tasks: TaskRows) -> Stages:

@@ -4,12 +4,16 @@ import importlib
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from types import ModuleType
+from typing import Any
 
+from infermill import engines
 from infermill.errors import InfermillError
 from infermill.java import find_java
+from infermill.types import Options
 from infermill.worker import usable_cores
 
 
@@ -24,8 +28,17 @@ class Finding:
     optional: bool = False
 
 
-def examine() -> list[Finding]:
-    """Import every library that infermill uses, and try what it is used for."""
+def examine(options: Options) -> list[Finding]:
+    """Import every library that infermill uses, and try what it is used for; on a cluster's executors, too.
+
+    Args:
+        options: their engine counts, with its `master`, `remote` and `conf`.
+
+    Raises:
+        UsageError: as `engines.start`.
+        InfermillError: Spark does not start, or its executors run no task of infermill's.
+    """
+    engines.check_options(options)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(".").free / 2**30
     onnxruntime = _onnxruntime()
@@ -40,6 +53,7 @@ def examine() -> list[Finding]:
         *(_package(name, module, f"pip install 'infermill[{extra}]'") for name, module, extra in _EXTRAS),
         _java(),
         _s3_credentials(),
+        *(map(_executor, engines.survey(options)) if options.engine == "spark" else ()),
     ]
 
 
@@ -52,6 +66,15 @@ _EXTRAS = (("boto3", "boto3", "aws"), ("pyspark", "pyspark", "spark"), ("scikit-
 
 # What wheels raise that are damaged, or were built for another processor or another NumPy.
 _BROKEN = (ImportError, OSError, ValueError, RuntimeError, AttributeError)
+
+
+def _executor(one: Mapping[str, Any]) -> Finding:
+    runtimes = [f"{name} {one[name]}" for name in ("openvino", "onnxruntime") if one[name]]
+    name = f"executor {one['executor']}".rstrip() + f" on {one['host']}"
+    told = [f"{one['cores']} cores", f"Python {one['python']}", f"infermill {one['infermill']}", *runtimes]
+    told += [f"GPU {one['gpus']}"] if one["gpus"] else []
+    hint = "" if runtimes else "install openvino or onnxruntime for the Python of the executors"
+    return Finding(name, bool(runtimes), ", ".join(told), hint)
 
 
 def _package(name: str, module: str, extra_hint: str = "") -> Finding:

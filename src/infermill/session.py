@@ -148,7 +148,7 @@ def first_line(error: BaseException) -> str:
     """The line of what Spark raises that says what happened: Python's, or Java's, or the first.
 
     Example:
-        >>> first_line(RuntimeError("A worker failed:\\nTraceback (most recent call last):\\n  File …\\nValueError: no"))
+        >>> first_line(RuntimeError("It failed:\\nTraceback (most recent call last):\\n  File …\\nValueError: no"))
         'ValueError: no'
     """
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -33,7 +33,6 @@ import infermill
 from infermill import errors
 from infermill.errors import InfermillError, ModelError
 from infermill.models.bundle import cache_errors, cache_lock, current_digest, pack, unpack
-from infermill.models.card import ModelCard
 from infermill.models.model import Model, cache_folder, open_model
 from infermill.stores import locate
 from infermill.types import CardOptions, StoreOptions
@@ -155,13 +154,7 @@ class ShippedModel:
         return model
 
 
-def ship_model(
-    session: SparkSession,
-    model: Model,
-    given: str | os.PathLike[str] | ModelCard,
-    store: StoreOptions,
-    card_options: CardOptions | None = None,
-) -> ShippedModel:
+def ship_model(session: SparkSession, model: Model, store: StoreOptions) -> ShippedModel:
     """Find the way on which workers get a model, and send its files with the session where that is the way.
 
     Where workers share this machine's files, they read the same ones. A model in a store they fetch for themselves,
@@ -169,22 +162,20 @@ def ship_model(
 
     Args:
         session: classic or Connect.
-        model: the model, as `open_model(given, store, card_options)` opened it.
-        given: what it was opened from.
+        model: the model, as `open_model` opened it.
         store: how stores are reached.
-        card_options: what overrides the card.
 
     Raises:
         ModelError: a file of the model has changed since it was opened.
         InfermillError: the cache folder cannot be written.
 
     Example:
-        >>> shipped = ship_model(spark, model, "s3://models/resnet18.yaml", StoreOptions())  # doctest: +SKIP
+        >>> shipped = ship_model(spark, open_model("model.yaml", StoreOptions()), StoreOptions())  # doctest: +SKIP
     """
     if runs_here(session):
         return ShippedModel(model.digest, model)
-    if not isinstance(given, ModelCard) and _is_remote(locate(given).uri, model):
-        return ShippedModel(model.digest, _Uri(locate(given).uri, store, card_options or CardOptions()))
+    if isinstance(model.given, str) and _is_remote(locate(model.given).uri, model):
+        return ShippedModel(model.digest, _Uri(locate(model.given).uri, store, model.card_options))
     name = model.digest.removeprefix("sha256:")
     path = _shipping_folder() / f"infermill-model-{name}.zip"
     with cache_lock(name):

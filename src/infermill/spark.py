@@ -88,7 +88,7 @@ def predict(
     """
     options = options or Options()
     opened = open_model(model, options, card_options)
-    return _with_predictions(df, opened, model, input, output, options, card_options)
+    return _with_predictions(df, opened, input, output, options)
 
 
 def register(
@@ -119,7 +119,7 @@ def register(
     """
     options = options or Options()
     opened = open_model(model, options, card_options)
-    registered: Callable[..., Any] = spark.udf.register(name, _function(spark, opened, model, options, card_options))
+    registered: Callable[..., Any] = spark.udf.register(name, _function(spark, opened, options))
     return registered
 
 
@@ -157,7 +157,7 @@ def make_predict_fn(
     """
     options = options or Options()
     opened = open_model(model, options, card_options)
-    return task(load_batch_predict, _job(spark or SparkSession.active(), opened, model, options, card_options))
+    return task(load_batch_predict, _job(spark or SparkSession.active(), opened, options))
 
 
 class InfermillTransformer(
@@ -226,8 +226,7 @@ class InfermillTransformer(
                 f"the model {uri} has changed: it is {opened.digest}, and the stage was made with {digest}",
                 "make the stage again, or put back the model",
             )
-        columns = self.getInputCol(), self.getOutputCol()
-        return _with_predictions(dataset, opened, uri, *columns, options, card_options)
+        return _with_predictions(dataset, opened, self.getInputCol(), self.getOutputCol(), options)
 
 
 def _given(options: Options | CardOptions) -> dict[str, Any]:
@@ -240,15 +239,7 @@ def _arguments(stored: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
 
-def _with_predictions(
-    df: DataFrame,
-    model: Model,
-    given: Given,
-    column: str,
-    output: str,
-    options: Options,
-    card_options: CardOptions | None,
-) -> DataFrame:
+def _with_predictions(df: DataFrame, model: Model, column: str, output: str, options: Options) -> DataFrame:
     if column not in df.columns:
         raise UsageError(f"the DataFrame has no column {column!r}", f"its columns are {', '.join(df.columns)}")
     kind = df.schema[column].dataType
@@ -262,15 +253,13 @@ def _with_predictions(
             f"the column {column!r} is {kind.simpleString()}, and the model {model.card.name} takes images",
             "give image bytes (binary) or paths or URIs (string), or a model whose card has `preprocess: null`",
         )
-    function = _function(df.sparkSession, model, given, options, card_options)
+    function = _function(df.sparkSession, model, options)
     # Of a deterministic function, Spark runs a copy below each filter on its result.
     return df.withColumn(output, function.asNondeterministic()(df["`" + column.replace("`", "``") + "`"]))
 
 
-def _function(
-    session: SparkSession, model: Model, given: Given, options: Options, card_options: CardOptions | None
-) -> Any:
-    job = _job(session, model, given, options, card_options)
+def _function(session: SparkSession, model: Model, options: Options) -> Any:
+    job = _job(session, model, options)
     run = task(predict_column, job)
 
     # Spark reads what kind of function it is from the annotations; nested, it is pickled by value, like `run`.
@@ -281,15 +270,13 @@ def _function(
     return arrow_udf(predictions, returnType=from_arrow_type(job.column_type))
 
 
-def _job(
-    session: SparkSession, model: Model, given: Given, options: Options, card_options: CardOptions | None
-) -> ColumnJob:
+def _job(session: SparkSession, model: Model, options: Options) -> ColumnJob:
     """Send what the workers need, and say what they will answer."""
     check_options(options)
     column_type = _column_type(model, options)
     if not runs_here(session):
         ship_code(session)
-    return ColumnJob(ship_model(session, model, given, options, card_options), options, column_type)
+    return ColumnJob(ship_model(session, model, options), options, column_type)
 
 
 def _column_type(model: Model, options: Options) -> pa.DataType:

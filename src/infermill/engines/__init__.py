@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infermill.errors import UsageError
 from infermill.meter import Meter
@@ -26,14 +26,29 @@ def start(options: Options) -> AbstractContextManager[Engine]:
     Raises:
         UsageError: there is no such engine, its extra is not installed, or an option is for another one.
     """
+    check_options(options)
+    started: AbstractContextManager[Engine] = _module(options.engine).start(options)
+    return started
+
+
+def check_options(options: Options) -> None:
+    """Raise UsageError where options for engines do not go together."""
     if options.engine not in MODULES:
         raise UsageError(f"there is no engine {options.engine!r}", f"choose one of {', '.join(MODULES)}")
     if options.engine != "spark" and (options.master or options.remote or options.conf):
         raise UsageError("--master, --remote and --conf are for Spark", "add --engine spark")
     if options.master and options.remote:
         raise UsageError("--master and --remote do not go together", "--remote is for a Spark Connect server")
-    started: AbstractContextManager[Engine] = _module(options.engine).start(options)
-    return started
+
+
+def survey(options: Options) -> list[dict[str, Any]]:
+    """What each executor of a Spark cluster is, asked of a session as the options say.
+
+    Raises:
+        UsageError, InfermillError: as `start`; and where no task can be run.
+    """
+    executors: list[dict[str, Any]] = _module("spark").survey_of(options)
+    return executors
 
 
 def on_session(session: "SparkSession") -> Engine:

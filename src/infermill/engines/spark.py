@@ -78,9 +78,7 @@ def _run(
     shape = _shape(session)
     per_task = partitions_per_task or min(-(-len(ids) // (TASKS_PER_SLOT * shape.slots)), PARTITIONS_PER_TASK)
     shares = [tuple(ids[at : at + per_task]) for at in range(0, len(ids), per_task)]
-    model = shipping.ship_model(
-        session, job.model, job.model.given or job.model.card, job.options, job.model.card_options
-    )
+    model = shipping.ship_model(session, job.model, job.options)
     run = uuid.uuid4().hex
     function = shipping.task(spark_task.run, spark_task.Work(job, model, shares, run))
     frame = session.range(0, len(shares), 1, len(shares)).mapInArrow(function, "answer string", profile=shape.profile)
@@ -221,7 +219,6 @@ def _shape(session: SparkSession) -> _Shape:
     if shipping.runs_here(session):
         cores = local_cores(session.conf.get("spark.master")) or 1
         return _Shape(max(cores // int(session.conf.get("spark.task.cpus", "1")), 1))
-    shipping.ship_code(session)
     executors = survey(session)
     slots = sum(one["slots"] for one in executors)
     is_chosen = session.conf.get("spark.task.cpus", None) is not None
@@ -232,12 +229,20 @@ def _shape(session: SparkSession) -> _Shape:
     return _Shape(max(slots // cores, 1), profile)
 
 
+def survey_of(options: Options) -> list[dict[str, Any]]:
+    """The survey of a session that is started, or connected to, as the options say."""
+    with spark_session(options) as session:
+        return survey(session)
+
+
 def survey(session: SparkSession) -> list[dict[str, Any]]:
     """What each executor is: its host, cores, Python, versions and GPUs, and how many tasks of the survey it did.
 
     Raises:
         InfermillError: Spark runs no task, or its Python workers cannot run infermill; with the reason.
     """
+    if not shipping.runs_here(session):
+        shipping.ship_code(session)
     # As many partitions as there are cores to run them: which is nowhere else to be had on Spark Connect.
     answer = _Collected(session, session.range(1 << 16).mapInArrow(shipping.task(spark_task.describe), "answer string"))
     try:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pyarrow as pa
 from pyspark import TaskContext
-from pyspark.resource import ResourceInformation
 
 from infermill import __version__, shipping
 from infermill.engines import Engine, local
@@ -29,8 +28,9 @@ from infermill.output import Output
 from infermill.patience import has_answered
 from infermill.record import FOLDER
 from infermill.shipping import ShippedModel
+from infermill.task_resources import task_cores, task_devices, visible_gpus
 from infermill.types import Options
-from infermill.worker import Job, usable_cores
+from infermill.worker import Job
 
 RUNNING_FOLDER = f"{FOLDER}/running"
 _SPREAD_SECONDS = 0.3
@@ -69,7 +69,7 @@ def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
     context = TaskContext.get()
     assert context is not None  # noqa: S101 - this is a task
     ids, options = work.shares[number], replace(work.job.options, workers=1)
-    options = replace(options, threads=options.threads or min(context.cpus(), usable_cores()))
+    options = replace(options, threads=options.threads or task_cores())
     for uri in (work.job.output, *(() if work.job.source.keys_are_uris else (work.job.source.root,))):
         has_answered(uri, options)  # to the driver
     place = Output(work.job.output, options)
@@ -84,7 +84,7 @@ def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
         yield _answer({"report": asdict(report)})
     todo = [partition for partition in ids if partition not in done]
     if todo:
-        for report in _engine(options, device_environment(context.resources()))(job, todo, meter):
+        for report in _engine(options, task_devices())(job, todo, meter):
             yield _answer({"report": asdict(report)})
     worker = f"{socket.gethostname()}/{os.getpid()}"
     yield _answer({"worker": worker, "counts": asdict(meter.drain())})
@@ -111,36 +111,22 @@ def _engine(options: Options, environment: Mapping[str, str]) -> Engine:
     return _engines[key]
 
 
-def device_environment(resources: Mapping[str, ResourceInformation]) -> dict[str, str]:
-    """Which GPUs a worker process may use: those that Spark gave the task; else those that it would see anyway.
-
-    Example:
-        >>> device_environment({"gpu": ResourceInformation("gpu", ["2"])})
-        {'CUDA_VISIBLE_DEVICES': '2'}
-    """
-    given = resources.get("gpu")
-    return {} if given is None else {"CUDA_VISIBLE_DEVICES": ",".join(given.addresses)}
-
-
 def describe(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Say what this executor is, after a moment in which the others get their tasks, too."""
     for _ in batches:
         pass
     time.sleep(_SPREAD_SECONDS)
     executor, cores = _executor()
-    context = TaskContext.get()
-    assert context is not None  # noqa: S101 - this is a task
-    environment = os.environ | device_environment(context.resources())
     yield _answer(
         {
             "host": socket.gethostname(),
             "executor": executor,
-            "cores": cores or context.cpus(),
+            "cores": cores or task_cores(),
             "python": platform.python_version(),
             "infermill": __version__,
             "openvino": _version("openvino"),
             "onnxruntime": _version("onnxruntime"),
-            "gpus": environment.get("CUDA_VISIBLE_DEVICES", ""),
+            "gpus": visible_gpus(),
         }
     )
 
