@@ -22,6 +22,7 @@ bench: .venv/installed
 	$(UV) run --no-sync python benchmarks/bench_pipeline.py
 	$(UV) run --no-sync python benchmarks/bench_plan.py
 	$(UV) run --no-sync python benchmarks/bench_protocol.py
+	$(UV) run --no-sync python benchmarks/bench_spark.py
 
 format: .venv/installed
 	$(UV) run --no-sync ruff format

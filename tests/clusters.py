@@ -76,8 +76,20 @@ class StandaloneCluster:
         pids = [process.pid for process in forks]
         return [process.pid for process in forks if _parent(process) in pids]
 
+    def infermill_workers(self) -> list[int]:
+        """The pids of infermill's own processes, each with a network, below the Python processes that run tasks."""
+        return [process.pid for process in self._below_workers() if _runs(process, "infermill.engines.child")]
+
     def _below_workers(self) -> list[psutil.Process]:
         return [process for pid in self.worker_pids for process in psutil.Process(pid).children(recursive=True)]
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something that happens in another process or thread."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def _runs(process: psutil.Process, program: str) -> bool:
