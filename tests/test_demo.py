@@ -22,8 +22,8 @@ from infermill.errors import JobMismatchError, ModelError, UsageError
 from infermill.job import run
 from infermill.models.card import read_card
 from infermill.models.lite0 import lite0_onnx
-from infermill.output import read
 from infermill.predict import Label, load_model
+from infermill.rows import read
 from infermill.types import CardOptions, Options, RuntimeName
 from tests.networks import preprocess_of
 

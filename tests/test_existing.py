@@ -24,6 +24,7 @@ from infermill.job import Existing
 from infermill.output import Output
 from infermill.parts import rows_table
 from infermill.record import move_aside
+from infermill.rows import tables
 from infermill.sources.objects import LISTING_SCHEMA
 from infermill.types import Failure, ObjectRef, PartitionReport, StoreOptions
 from tests.networks import tiny_classifier
@@ -474,7 +475,7 @@ def test_rows_that_are_superseded_at_once_are_all_there(output: Output) -> None:
 
     told = at_once(*[partial(revise, row) for row in range(8)])
     assert sorted(report.ok for report in told) == list(range(1, 9))
-    (table,) = output.tables()
+    (table,) = tables(output)
     assert table["key"].to_pylist() == keys
     assert table["error"].null_count == 8
     assert output.reports(NOTES) == {

@@ -20,6 +20,7 @@ from infermill import Options
 from infermill.errors import BadInputError, StoreError
 from infermill.fetch import DENIED_AT_FIRST, Fetch, fetcher
 from infermill.output import Output
+from infermill.rows import tables
 from infermill.sources import list_source
 from infermill.types import ObjectRef, PartitionReport, Source, StoreOptions
 from tests.fault_proxy import (
@@ -275,7 +276,7 @@ def test_one_of_32_concurrent_writers_wins(bucket: Bucket, fault_proxy: FaultPro
         report = output.reports(NOTES)[number]
         assert report.ok == winner
     assert [rule.hits for rule in lost] == [9] * 4
-    assert [table["top"][0][0]["label"].as_py() for table in output.tables()]
+    assert [table["top"][0][0]["label"].as_py() for table in tables(output)]
 
 
 def test_a_job_whose_every_reply_to_a_put_is_lost_ends_as_if_undisturbed(job: Job, fault_proxy: FaultProxy) -> None:

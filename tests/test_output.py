@@ -20,6 +20,7 @@ from infermill import read, read_batches
 from infermill.errors import JobMismatchError, StoreError, UsageError
 from infermill.output import Output
 from infermill.parts import part_name, rows_table
+from infermill.rows import tables
 from infermill.types import Failure, ObjectRef, PartitionReport, StoreOptions
 from tests.servers import Answer, Bucket, ScriptedStore, free_port
 
@@ -192,7 +193,7 @@ def test_the_second_writer_of_a_part_adopts_the_first_ones(output: Output) -> No
     output.create_part(3, rows("cat"), REPORT, NOTES)
     adopted = output.create_part(3, rows("dog"), PartitionReport(3, 2, "openvino", "fp32"), NOTES)
     assert adopted == REPORT
-    (table,) = output.tables()
+    (table,) = tables(output)
     assert table["top"][0][0]["label"].as_py() == "cat"
 
 
@@ -205,7 +206,7 @@ def test_sixteen_twins_write_one_part_and_report_the_same(output: Output) -> Non
 
     with ThreadPoolExecutor(16) as pool:
         reports = set(pool.map(lambda number: write(number).ok, range(16)))
-    (table,) = output.tables()
+    (table,) = tables(output)
     assert reports == {int(table["top"][0][0]["label"].as_py())}
 
 

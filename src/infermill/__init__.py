@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from infermill.estimation import Estimate, estimate
     from infermill.job import retry, run
     from infermill.models.card import ModelCard
-    from infermill.output import read, read_batches
     from infermill.predict import Label, Prediction, load_model
+    from infermill.rows import read, read_batches
     from infermill.types import CardOptions, Failure, Options, Summary
 
 _HOMES = {
@@ -43,8 +43,8 @@ _HOMES = {
     "Verification": "audit",
     "estimate": "estimation",
     "load_model": "predict",
-    "read": "output",
-    "read_batches": "output",
+    "read": "rows",
+    "read_batches": "rows",
     "retry": "job",
     "run": "job",
     "status": "audit",

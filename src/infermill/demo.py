@@ -129,7 +129,7 @@ def demo() -> int:
     from rich.console import Console
 
     from infermill.job import run
-    from infermill.output import read
+    from infermill.rows import read
 
     files = prepare_demo()
     try:

@@ -5,14 +5,13 @@ first writer wins, whole or not at all; who comes second adopts what is there. A
 superseded, and `_SUCCESS` after that, are replaced: as a whole, and only as they were read.
 """
 
-import errno
 import fcntl
 import os
 import re
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
+from infermill.durable import create_durably, private_file
 from infermill.errors import StoreError, UsageError
 from infermill.parts import claimed_report, part_content, part_name, revised_report
 from infermill.patience import Patience, is_passing, patiently
@@ -42,16 +42,6 @@ SUCCESS_FILE = "_SUCCESS"
 LOCK_FILE = "_infermill/lock"
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 Taken = TypeVar("Taken")
-# File systems without O_TMPFILE or without hard links, kernels that do not know it, and systems without /proc.
-_NO_NAMELESS_FILES = {
-    errno.EOPNOTSUPP,
-    errno.EISDIR,
-    errno.EINVAL,
-    errno.ENOENT,
-    errno.ENOSYS,
-    errno.EPERM,
-    errno.EXDEV,
-}
 
 
 class Output:
@@ -79,7 +69,7 @@ class Output:
         place = self._base.joined(name)
         try:
             if place.is_local:
-                return _create_locally(Path(place.uri), content)
+                return create_durably(Path(place.uri), content)
             patiently(lambda: self._store.put(place.path, content, mode="create"), place.uri, self._options)
         except (AlreadyExistsError, FileExistsError) as error:
             if is_passing(error):  # a conflict with another put, to the end
@@ -188,7 +178,7 @@ class Output:
                     return True
                 if content is None:
                     return self.create(name, revised)
-                with _private_file(path, revised) as private:
+                with private_file(path, revised) as private:
                     private.replace(path)
         except OSError as error:
             raise _as_store_error(error, str(path)) from None
@@ -410,104 +400,12 @@ class Output:
 
         return patiently(read, place.uri, self._options)
 
-    def tables(self) -> Iterator[pa.Table]:
-        """The rows, part by part in the order of the plan."""
-        for _, name in sorted(self.parts().items()):
-            content = self.read(name)
-            if content is not None:
-                # Not `pq.read_table`: its threads may hold `content` until after the interpreter has ended, and abort.
-                part = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-                yield part.replace_schema_metadata(None)
-
-
-def read(output: str | os.PathLike[str], options: StoreOptions | None = None) -> pa.Table:
-    """All rows of a job as one Arrow table, in the order of the plan.
-
-    Returns:
-        key, etag, size, the prediction column of the task (`top`, `embedding` or `outputs`) and `error`.
-
-    Raises:
-        UsageError: no part is there.
-        StoreError: access is denied, or the store does not answer.
-
-    Example:
-        >>> read("out/").column_names  # doctest: +SKIP
-        ['key', 'etag', 'size', 'top', 'error']
-    """
-    return pa.concat_tables(_tables(output, options))
-
-
-def read_batches(output: str | os.PathLike[str], options: StoreOptions | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a job as Arrow batches, one part in memory at a time; else like `read`."""
-    for table in _tables(output, options):
-        yield from table.to_batches()
-
-
-def _tables(output: str | os.PathLike[str], options: StoreOptions | None) -> Iterator[pa.Table]:
-    place = Output(os.fspath(output), options or StoreOptions())
-    empty = True
-    for table in place.tables():
-        empty = False
-        yield table
-    if empty:
-        raise UsageError(f"{place.uri} holds no part-*.parquet", "name the folder that `infermill run -o` wrote")
-
 
 def _is_late(old: pa.Table, new: pa.Table) -> NDArray[np.bool_]:
     """Where a prediction would give way to `changed`: another driver has listed the object later."""
     is_predicted = old["error"].combine_chunks().is_null()
     is_changed = pc.equal(pc.struct_field(new["error"].combine_chunks(), "code"), "changed").fill_null(False)
     return np.asarray(pc.and_(is_predicted, is_changed))
-
-
-def _create_locally(path: Path, content: bytes) -> bool:
-    """A private file, made durable and then linked to its name: there whole, or not at all, after a crash too."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
-    if _link_nameless(path, content):
-        return True
-    with _private_file(path, content) as private:
-        try:
-            os.link(private, path)
-        except PermissionError:  # the private file was written, so that it is not this
-            raise OSError(errno.ENOTSUP, "the file system does not support hard links") from None
-    return True
-
-
-def _link_nameless(path: Path, content: bytes) -> bool:
-    """The same by a file that has no name before it is linked, and leaves nothing behind; False where there is none."""
-    if not hasattr(os, "O_TMPFILE"):
-        return False
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with os.fdopen(os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.link(f"/proc/self/fd/{file.fileno()}", path.name, dst_dir_fd=folder, follow_symlinks=True)
-    except OSError as error:
-        if error.errno in _NO_NAMELESS_FILES:
-            return False
-        raise
-    finally:
-        os.close(folder)
-    return True
-
-
-@contextmanager
-def _private_file(path: Path, content: bytes) -> Iterator[Path]:
-    """A durable file beside `path`, for as long as the context lasts."""
-    private = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        with private.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield private
-    finally:
-        private.unlink(missing_ok=True)
 
 
 def _as_store_error(error: Exception, uri: str) -> StoreError:
