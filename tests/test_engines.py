@@ -131,7 +131,7 @@ def name_of(row: dict[str, str]) -> str:
     return row["key"].rpartition("/")[2]
 
 
-def test_a_job_ends_with_a_row_for_each_object(place: Place, card: Path) -> None:
+def test_a_job_ends_with_a_row_for_each_object(place: Place, card: Path, tmp_path: Path) -> None:
     for number in range(20):
         place.put(f"{number:02d}.png", png(number))
     place.put("20.jpg", b"<html>not found</html>")
@@ -150,6 +150,9 @@ def test_a_job_ends_with_a_row_for_each_object(place: Place, card: Path) -> None
             [one["score"] for one in rows[number]["top"]], [one.score for one in prediction.top], atol=1e-5
         )
     assert all(row["etag"] and row["size"] is not None for row in rows)
+    if place.engine is not None:
+        infermill.run(place.source, card, tmp_path / "here", place.options)
+        assert infermill.read(tmp_path / "here").equals(infermill.read(place.output, place.options))
 
 
 def test_a_job_that_runs_again_predicts_nothing(place: Place, card: Path) -> None:

@@ -93,7 +93,7 @@ def _started(master: str, conf: Mapping[str, str]) -> SparkSession:
     java = find_java()
     defaults = {
         "spark.app.name": "infermill",
-        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
+        "spark.driver.defaultJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
         "spark.ui.showConsoleProgress": "false",
     }
     environment = {"JAVA_HOME": str(java.home)}
