@@ -109,18 +109,28 @@ def run_standalone(folder: Path) -> Iterator[StandaloneCluster]:
     """A Spark cluster; every daemon has a folder of its own below the given one, with its log and what it writes."""
     port, web_port = free_port(), free_port()
     url = f"spark://127.0.0.1:{port}"
-    deploy, host = "org.apache.spark.deploy", ["--host", "127.0.0.1"]
+    deploy, hosts = "org.apache.spark.deploy", [_host(number) for number in range(WORKERS)]
     ports = ["--port", str(port), "--webui-port", str(web_port)]
     share = ["--webui-port", "0", "--cores", "1", "--memory", "1G"]
     with ExitStack() as daemons:
-        master = _Daemon(folder / "master", ["spark-class", f"{deploy}.master.Master", *host, *ports])
+        master = _Daemon(
+            folder / "master", ["spark-class", f"{deploy}.master.Master", "--host", "127.0.0.1", *ports]
+        )
         daemons.enter_context(master)
         master.wait_until(lambda: _accepts(port))
-        command = ["spark-class", f"{deploy}.worker.Worker", *host, *share, url]
-        workers = [daemons.enter_context(_Daemon(folder / f"worker-{number}", command)) for number in range(WORKERS)]
+        command = ["spark-class", f"{deploy}.worker.Worker", *share]
+        workers = [
+            daemons.enter_context(_Daemon(folder / f"worker-{number}", [*command, "--host", host, url], host=host))
+            for number, host in enumerate(hosts)
+        ]
         for worker in workers:
             worker.wait_until(lambda: _registered_workers(web_port) == WORKERS)
         yield StandaloneCluster(url, folder, tuple(worker.pid for worker in workers))
+
+
+def _host(number: int) -> str:
+    """Another one for each worker: Spark starts no speculative twin on the host of the first attempt."""
+    return f"127.0.0.{number + 1}" if sys.platform == "linux" else "127.0.0.1"
 
 
 @contextmanager
@@ -158,7 +168,9 @@ def open_remote(url: str) -> Iterator[Any]:
 class _Daemon:
     """A program of Spark that runs in a folder of its own, and is killed with all that it started."""
 
-    def __init__(self, folder: Path, command: Sequence[str], memory: str = "256m") -> None:
+    def __init__(
+        self, folder: Path, command: Sequence[str], memory: str = "256m", host: str = "127.0.0.1"
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         pyspark = find_spec("pyspark")
         assert pyspark is not None
@@ -172,7 +184,7 @@ class _Daemon:
             "SPARK_DAEMON_MEMORY": memory,
             "SPARK_HOME": str(home),
             "SPARK_LOCAL_DIRS": str(folder / "local"),
-            "SPARK_LOCAL_IP": "127.0.0.1",
+            "SPARK_LOCAL_IP": host,
             "SPARK_MASTER_OPTS": "-Dspark.master.rest.enabled=false",
             "SPARK_WORKER_DIR": str(folder / "work"),
         }

@@ -4,12 +4,14 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pyspark import SparkContext
+from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkException
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from infermill.errors import InfermillError, UsageError
@@ -19,6 +21,7 @@ from infermill.worker import usable_cores
 
 CONNECT_PORT = 15_002
 _CONNECT_SECONDS = 10.0
+_STDERR = 2
 _LOGGING = Path(__file__).with_name("log4j2.properties")
 
 
@@ -30,22 +33,21 @@ def spark_session(options: Options) -> Iterator[SparkSession]:
 
     Raises:
         UsageError: a `--conf` is not `key=value`.
-        InfermillError: there is no Java, or Spark does not start, or nothing answers at `--remote`.
+        InfermillError: there is no Java, or Spark does not start, or nothing answers at `--remote` or `--master`.
     """
     conf = parsed_conf(options.conf)
     active = None if options.master or options.remote or conf else SparkSession.getActiveSession()
     if active is not None:
         yield active
         return
-    had_java = SparkContext._gateway is not None
-    session = _connected(options.remote, conf) if options.remote else _started(options.master or "local[*]", conf)
-    try:
+    with ExitStack() as ending:
+        if SparkContext._gateway is None:
+            ending.callback(_end_java)
+        # A remote session leaves it, and no other can start with it.
+        ending.callback(os.environ.pop, "SPARK_CONNECT_MODE_ENABLED", None)
+        session = _connected(options.remote, conf) if options.remote else _started(options.master or "local[*]", conf)
+        ending.callback(session.stop)
         yield session
-    finally:
-        session.stop()
-        os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)  # which a remote session leaves, and no other can start with
-        if not had_java:
-            _end_java()
 
 
 def _end_java() -> None:
@@ -78,19 +80,33 @@ def parsed_conf(settings: tuple[str, ...]) -> dict[str, str]:
 def _connected(remote: str, conf: Mapping[str, str]) -> SparkSession:
     address = re.match(r"sc://(\[[^]]*\]|[^:/;]+)(?::(\d+))?", remote)
     if address:  # Spark itself would ask for ten minutes
-        host, port = address[1].strip("[]"), int(address[2] or CONNECT_PORT)
-        try:
-            socket.create_connection((host, port), _CONNECT_SECONDS).close()
-        except OSError as error:
-            raise InfermillError(
-                f"no Spark Connect server answers at {host}:{port}: {error.strerror or error}",
-                "start one with $SPARK_HOME/sbin/start-connect-server.sh, or check --remote",
-            ) from None
+        _reach(
+            [f"{address[1]}:{address[2] or CONNECT_PORT}"],
+            "Spark Connect server",
+            "start one with $SPARK_HOME/sbin/start-connect-server.sh, or check --remote",
+        )
     return _built(SparkSession.builder.remote(remote), conf, f"--remote {address[0] if address else 'URL'}")
+
+
+def _reach(places: Iterable[str], what: str, hint: str) -> None:
+    """Raise InfermillError where nothing listens at any of these `host:port`."""
+    reasons = []
+    for place in places:
+        host, _, port = place.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        except OSError as error:
+            reasons.append(f"{place}: {error.strerror or error}")
+        else:
+            return
+    raise InfermillError(f"no {what} answers at {', '.join(reasons)}", hint) from None
 
 
 def _started(master: str, conf: Mapping[str, str]) -> SparkSession:
     java = find_java()
+    if re.fullmatch(r"spark://[^/]+:\d+", master):  # Spark itself would ask for a minute
+        masters = master.removeprefix("spark://").split(",")
+        _reach(masters, "Spark master", "start one with $SPARK_HOME/sbin/start-master.sh, or check --master")
     defaults = {
         "spark.app.name": "infermill",
         "spark.driver.defaultJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
@@ -111,8 +127,60 @@ def _started(master: str, conf: Mapping[str, str]) -> SparkSession:
         environment |= {"PYSPARK_PYTHON": conf["spark.pyspark.python"]}
     elif master.startswith("local"):
         environment |= {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}
+    settings = {**defaults, **conf, "spark.master": master}
     with _environment(environment):
-        return _built(SparkSession.builder.master(master), {**defaults, **conf}, f"--master {master}")
+        _start_java(settings, f"--master {master}")
+        return _built(SparkSession.builder, settings, f"--master {master}")
+
+
+def _start_java(settings: Mapping[str, str], what: str) -> None:
+    """Start the JVM that a classic session is in; what it says before it gives up becomes an error."""
+    if SparkContext._gateway is not None:
+        return
+    reading, writing = os.pipe()
+    said = _JavaErrors(reading)
+    said.start()
+    try:
+        gateway = launch_gateway(SparkConf(loadDefaults=False).setAll(list(settings.items())), {"stderr": writing})
+    except PySparkException as error:
+        os.close(writing)
+        raise InfermillError(f"Spark does not start with {what}: {said.reason() or error}", _HINT) from None
+    os.close(writing)
+    said.show()
+    SparkContext._ensure_initialized(gateway=gateway)
+
+
+class _JavaErrors(threading.Thread):
+    """Standard error of a JVM: kept back until it is known whether it starts, then passed on."""
+
+    def __init__(self, reading: int) -> None:
+        super().__init__(name="java-errors", daemon=True)
+        self._reading = reading
+        self._lock = threading.Lock()
+        self._kept: list[bytes] | None = []
+
+    def run(self) -> None:
+        with os.fdopen(self._reading, "rb") as lines:
+            for line in lines:
+                with self._lock:
+                    if self._kept is None:
+                        os.write(_STDERR, line)
+                    else:
+                        self._kept.append(line)
+
+    def show(self) -> None:
+        """Pass on what was said, and what will be."""
+        with self._lock:
+            for line in self._kept or ():
+                os.write(_STDERR, line)
+            self._kept = None
+
+    def reason(self) -> str:
+        """Why it has ended, in a line."""
+        self.join()
+        text = b"".join(self._kept or ()).decode(errors="replace").strip()
+        exception = re.search(r'^Exception in thread "main" (?:[\w.$]+: )?(.+)', text, re.MULTILINE)
+        return exception[1] if exception else text.partition("\n")[0]
 
 
 def local_cores(master: str) -> int | None:
@@ -144,6 +212,9 @@ def _built(builder: SparkSession.Builder, conf: Mapping[str, str], what: str) ->
 _HINT = "check the address and the settings; `infermill doctor` says which Java is used"
 
 
+_LOST_TASK = re.compile(r"^.* most recent failure: Lost task \S+ in stage \S+ \(TID \d+\) \([^)]*\): ")
+
+
 def first_line(error: BaseException) -> str:
     """The line of what Spark raises that says what happened: Python's, or Java's, or the first.
 
@@ -157,7 +228,7 @@ def first_line(error: BaseException) -> str:
         raised = [line for line in lines[tracebacks[0] + 1 :] if not line.startswith(" ")]
         return raised[0] if raised else lines[0]
     java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
-    return (java or lines or [type(error).__name__])[0]
+    return _LOST_TASK.sub("", (java or lines or [type(error).__name__])[0])
 
 
 @contextmanager

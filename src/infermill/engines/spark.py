@@ -13,7 +13,6 @@ import json
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import Any
 
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
+from pyspark.sql.functions import spark_partition_id
 
 from infermill import shipping
 from infermill.engines import Engine, spark_task
@@ -40,6 +40,8 @@ PARTITIONS_PER_TASK = 8
 TAIL_PARTITIONS = 20
 "Of which it is told where they are, when no more are left."
 _POLL_SECONDS = 1.0
+_LONGEST_POLL_SECONDS = 30.0
+_SPREAD_SECONDS = 0.3
 logger = logging.getLogger("infermill")
 
 
@@ -134,7 +136,7 @@ class _Watch:
         is_tail = 0 < len(self._left) <= min(TAIL_PARTITIONS, self._total // 2)
         self._meter.detail = f"{done}, last: {self._tail()}" if is_tail else done
         # Listing 10,000 parts takes a second, and costs money.
-        self.pause_seconds = max(_POLL_SECONDS, 20 * (time.monotonic() - started))
+        self.pause_seconds = min(max(_POLL_SECONDS, 20 * (time.monotonic() - started)), _LONGEST_POLL_SECONDS)
 
     def is_new(self, report: PartitionReport) -> bool:
         if report.partition not in self._left:
@@ -191,7 +193,7 @@ class _Collected:
         if told is not None:
             raise told from None
         reason = first_line(error)
-        if reason.startswith("ModuleNotFoundError"):
+        if reason.startswith("ModuleNotFoundError") or "Cannot run program" in reason:
             raise InfermillError(
                 f"the Python of the executors cannot run Spark's tasks: {reason}",
                 "name one that has what infermill depends on, as it is called there: --conf spark.pyspark.python=…",
@@ -216,17 +218,20 @@ class _Shape:
 
 
 def _shape(session: SparkSession) -> _Shape:
-    if shipping.runs_here(session):
-        cores = local_cores(session.conf.get("spark.master")) or 1
+    cores = local_cores(session.conf.get("spark.master")) if shipping.runs_here(session) else None
+    if cores is not None:
         return _Shape(max(cores // int(session.conf.get("spark.task.cpus", "1")), 1))
-    executors = survey(session)
-    slots = sum(one["slots"] for one in executors)
-    is_chosen = session.conf.get("spark.task.cpus", None) is not None
-    cores = min(one["cores"] for one in executors)
-    if is_chosen or cores == 1:
-        return _Shape(max(slots, 1))
+    # One task asks for all executors: each of several would leave a Python worker behind, and the tasks of the job
+    # would take turns with these, so that each of them loaded the network.
+    (executor,) = _described(session, session.range(0, 1, 1, 1), 0.0)
+    # A DataFrame has as many partitions as there are cores; Spark Connect tells that nowhere else.
+    numbers = session.range(1 << 16).select(spark_partition_id().alias("number"))
+    parallelism = numbers.agg({"number": "max"}).first()[0] + 1
+    cores = executor["cores"]
+    if session.conf.get("spark.task.cpus", None) is not None or cores == 1:
+        return _Shape(parallelism)
     profile = ResourceProfileBuilder().require(TaskResourceRequests().cpus(cores)).build
-    return _Shape(max(slots // cores, 1), profile)
+    return _Shape(max(parallelism // cores, 1), profile)
 
 
 def survey_of(options: Options) -> list[dict[str, Any]]:
@@ -236,21 +241,25 @@ def survey_of(options: Options) -> list[dict[str, Any]]:
 
 
 def survey(session: SparkSession) -> list[dict[str, Any]]:
-    """What each executor is: its host, cores, Python, versions and GPUs, and how many tasks of the survey it did.
+    """What each executor is: its host, cores, Python, versions and GPUs.
 
     Raises:
         InfermillError: Spark runs no task, or its Python workers cannot run infermill; with the reason.
     """
+    described = _described(session, session.range(1 << 16), _SPREAD_SECONDS)
+    executors = {(one["host"], one["executor"]): one for one in described}
+    return [one for _, one in sorted(executors.items())]
+
+
+def _described(session: SparkSession, tasks: Any, seconds: float) -> list[dict[str, Any]]:
+    """What the executors of some tasks say of themselves; each task takes so long, and so leaves others to others."""
     if not shipping.runs_here(session):
         shipping.ship_code(session)
-    # As many partitions as there are cores to run them: which is nowhere else to be had on Spark Connect.
-    answer = _Collected(session, session.range(1 << 16).mapInArrow(shipping.task(spark_task.describe), "answer string"))
+    function = shipping.task(spark_task.describe, seconds)
+    answer = _Collected(session, tasks.mapInArrow(function, "answer string"))
     try:
         while not answer.is_done(_POLL_SECONDS):
             pass
-        rows = [json.loads(row) for row in answer.rows()]
+        return [json.loads(row) for row in answer.rows()]
     finally:
         answer.cancel()
-    executors = {(one["host"], one["executor"]): one for one in rows}
-    slots = Counter((one["host"], one["executor"]) for one in rows)
-    return [one | {"slots": slots[place]} for place, one in sorted(executors.items())]

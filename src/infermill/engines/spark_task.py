@@ -33,7 +33,6 @@ from infermill.types import Options
 from infermill.worker import Job
 
 RUNNING_FOLDER = f"{FOLDER}/running"
-_SPREAD_SECONDS = 0.3
 _EXECUTOR = re.compile(r"executor", re.IGNORECASE)
 _engines: dict[tuple[object, ...], Engine] = {}
 _models: dict[str, Model] = {}
@@ -111,11 +110,11 @@ def _engine(options: Options, environment: Mapping[str, str]) -> Engine:
     return _engines[key]
 
 
-def describe(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Say what this executor is, after a moment in which the others get their tasks, too."""
+def describe(seconds: float, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Say what this executor is, after so long, in which the others get their tasks, too."""
     for _ in batches:
         pass
-    time.sleep(_SPREAD_SECONDS)
+    time.sleep(seconds)
     executor, cores = _executor()
     yield _answer(
         {
