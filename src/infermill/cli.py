@@ -15,6 +15,7 @@ from cyclopts.validators import mutually_exclusive
 
 from infermill import __version__
 from infermill.errors import BudgetError, InfermillError, UsageError
+from infermill.imports import leave_out_pandas
 from infermill.types import RETRYABLE, CardOptions, EngineName, Options, StoreOptions
 
 app = App(
@@ -195,6 +196,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    leave_out_pandas()
     codes = [1]  # what an unforeseen exception, whose traceback has been printed, leaves
     # Not in the main thread: that must be free to see Ctrl-C while a store or the network holds the command.
     command = Thread(target=lambda: codes.insert(0, _run_command()), name="command", daemon=True)

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from infermill.errors import UsageError
+from infermill.imports import allow_pandas
 from infermill.meter import Meter
 from infermill.types import EngineName, Options, PartitionReport
 
@@ -58,6 +59,8 @@ def on_session(session: "SparkSession") -> Engine:
 
 
 def _module(name: EngineName) -> ModuleType:
+    if name == "spark":
+        allow_pandas()
     try:
         return importlib.import_module(MODULES[name])
     except ImportError as error:

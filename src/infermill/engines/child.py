@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 
 from infermill.engines.messages import Ask, Done, Raised, Said, Task
 from infermill.errors import InfermillError
+from infermill.imports import leave_out_pandas
 from infermill.journal import Journal
 from infermill.meter import Meter
 from infermill.patience import has_answered
@@ -85,6 +86,7 @@ def _die_with_driver() -> None:
 def main() -> None:
     """Run the worker whose connection and journal are open as the file descriptors in the arguments."""
     connection, journal, runtime = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    leave_out_pandas()
     _die_with_driver()
     driver = _Driver(Connection(connection))
     logging.getLogger("infermill").addHandler(_Log(driver))
