@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import psutil
 
 from infermill import Options
 from infermill.java import find_java
+from tests.images import jpeg_bytes, photo
 from tests.servers import START_SECONDS, free_port
 
 WORKERS = 2
@@ -35,6 +37,62 @@ DIE_WITH_PARENT = (
     "import ctypes, os, sys; sys.platform == 'linux' and "
     f"ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)}); os.execv(sys.argv[1], sys.argv[1:])"
 )
+
+
+# What a worker runs at its start: photos may end with a word, behind the end of their JPEG. SLOW takes a while, and
+# leaves the three digits before it in a file, so that a test can tell what was decoded how often; CRASH is a decoder
+# with a bug.
+SLOW_DECODER = """
+import ctypes, os, time
+import simplejpeg
+
+real = simplejpeg.decode_jpeg
+
+def decode_jpeg(data, *args, **kwargs):
+    if data.endswith(b"CRASH"):
+        ctypes.string_at(0)
+    if data.endswith(b"SLOW"):
+        with open(os.environ["DECODED"], "a") as file:
+            file.write(data[-7:-4].decode() + "\\n")
+        time.sleep(0.1)
+    return real(data, *args, **kwargs)
+
+simplejpeg.decode_jpeg = decode_jpeg
+"""
+
+
+class SlowDecoder:
+    """The decoder of `SLOW_DECODER` for processes that start with `environment`."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "site").mkdir()
+        (folder / "site/sitecustomize.py").write_text(SLOW_DECODER)
+        self._decoded = folder / "decoded"
+        self._decoded.touch()
+        self.environment = {"PYTHONPATH": str(folder / "site"), "DECODED": str(self._decoded)}
+
+    def forget(self) -> None:
+        self._decoded.write_text("")
+
+    def decoded(self) -> Counter[str]:
+        """How often each photo was decoded."""
+        return Counter(self._decoded.read_text().split())
+
+
+def write_photos(
+    folder: Path, count: int, ending: Callable[[int], bytes] = lambda number: b"%03dSLOW" % number
+) -> Path:
+    """Photos with something behind the end of their JPEG."""
+    folder.mkdir()
+    plain = [jpeg_bytes(photo(seed, (40, 30))) for seed in range(8)]
+    for number in range(count):
+        (folder / f"{number:03d}.jpg").write_bytes(plain[number % 8] + ending(number))
+    return folder
+
+
+def part_files(output: Path) -> list[str]:
+    """The names of the parts that are there."""
+    return sorted(path.name for path in output.glob("part-*.parquet"))
 
 
 @dataclass(frozen=True)
@@ -113,9 +171,7 @@ def run_standalone(folder: Path) -> Iterator[StandaloneCluster]:
     ports = ["--port", str(port), "--webui-port", str(web_port)]
     share = ["--webui-port", "0", "--cores", "1", "--memory", "1G"]
     with ExitStack() as daemons:
-        master = _Daemon(
-            folder / "master", ["spark-class", f"{deploy}.master.Master", "--host", "127.0.0.1", *ports]
-        )
+        master = _Daemon(folder / "master", ["spark-class", f"{deploy}.master.Master", "--host", "127.0.0.1", *ports])
         daemons.enter_context(master)
         master.wait_until(lambda: _accepts(port))
         command = ["spark-class", f"{deploy}.worker.Worker", *share]
@@ -168,9 +224,7 @@ def open_remote(url: str) -> Iterator[Any]:
 class _Daemon:
     """A program of Spark that runs in a folder of its own, and is killed with all that it started."""
 
-    def __init__(
-        self, folder: Path, command: Sequence[str], memory: str = "256m", host: str = "127.0.0.1"
-    ) -> None:
+    def __init__(self, folder: Path, command: Sequence[str], memory: str = "256m", host: str = "127.0.0.1") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         pyspark = find_spec("pyspark")
         assert pyspark is not None

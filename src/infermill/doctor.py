@@ -36,7 +36,6 @@ def examine(options: Options) -> list[Finding]:
 
     Raises:
         UsageError: as `engines.start`.
-        InfermillError: Spark does not start, or its executors run no task of infermill's.
     """
     engines.check_options(options)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -53,7 +52,7 @@ def examine(options: Options) -> list[Finding]:
         *(_package(name, module, f"pip install 'infermill[{extra}]'") for name, module, extra in _EXTRAS),
         _java(),
         _s3_credentials(),
-        *(map(_executor, engines.survey(options)) if options.engine == "spark" else ()),
+        *(_executors(options) if options.engine == "spark" else ()),
     ]
 
 
@@ -66,6 +65,13 @@ _EXTRAS = (("boto3", "boto3", "aws"), ("pyspark", "pyspark", "spark"), ("scikit-
 
 # What wheels raise that are damaged, or were built for another processor or another NumPy.
 _BROKEN = (ImportError, OSError, ValueError, RuntimeError, AttributeError)
+
+
+def _executors(options: Options) -> list[Finding]:
+    try:
+        return [_executor(one) for one in engines.survey(options)]
+    except InfermillError as error:
+        return [Finding("executors", False, error.message, error.hint)]
 
 
 def _executor(one: Mapping[str, Any]) -> Finding:

@@ -123,6 +123,8 @@ class _Rates:
 
     def update(self) -> None:
         now, stages = time.monotonic(), dict(self._meter.stage_seconds)
+        if [objects for _, objects, _ in self._history[-2:]] == [self._meter.objects] * 2:
+            self._history.pop()  # of a time in which nothing is done, its beginning and its end are enough
         self._history.append((now, self._meter.objects, stages))
         while now - self._history[0][0] > 2 * LOG_SECONDS and len({objects for _, objects, _ in self._history}) > 4:
             self._history.pop(0)

@@ -212,7 +212,12 @@ class InfermillTransformer(
         if card_options.labels is not None:
             card_options = replace(card_options, labels=locate(card_options.labels).uri)
         digest = open_model(model, options, card_options).digest
-        self._set(model=locate(model).uri, digest=digest, options=_given(options), cardOptions=_given(card_options))
+        self._set(
+            model=locate(model).uri,
+            digest=digest,
+            options=_given(options.for_workers()),
+            cardOptions=_given(card_options),
+        )
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         if not self.isSet(self.model):
@@ -276,6 +281,7 @@ def _job(session: SparkSession, model: Model, options: Options) -> ColumnJob:
     column_type = _column_type(model, options)
     if not runs_here(session):
         ship_code(session)
+    options = options.for_workers()
     return ColumnJob(ship_model(session, model, options), options, column_type)
 
 

@@ -16,22 +16,28 @@ def task_cores() -> int:
 
 
 def task_devices() -> dict[str, str]:
-    """Variables for the process that runs the network: the GPUs that Spark gave this task, if it gives any at all."""
+    """Variables for the process that runs the network: which GPUs it may use."""
     context = TaskContext.get()
     return {} if context is None else device_environment(context.resources())
 
 
-def device_environment(resources: Mapping[str, ResourceInformation]) -> dict[str, str]:
-    """The same for given resources; where Spark gives no GPU, the process sees those of CUDA_VISIBLE_DEVICES, or none.
+def device_environment(
+    resources: Mapping[str, ResourceInformation], environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The same for given resources. Where Spark gives no GPU, those of CUDA_VISIBLE_DEVICES stay; else there are none.
 
     Example:
-        >>> device_environment({"gpu": ResourceInformation("gpu", ["2"])})
+        >>> device_environment({"gpu": ResourceInformation("gpu", ["2"])}, {"CUDA_VISIBLE_DEVICES": "0,1"})
         {'CUDA_VISIBLE_DEVICES': '2'}
-        >>> device_environment({})
+        >>> device_environment({}, {"CUDA_VISIBLE_DEVICES": "0,1"})
         {}
+        >>> device_environment({}, {})
+        {'CUDA_VISIBLE_DEVICES': ''}
     """
     given = resources.get("gpu")
-    return {} if given is None else {"CUDA_VISIBLE_DEVICES": ",".join(given.addresses)}
+    if given is not None:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(given.addresses)}
+    return {} if "CUDA_VISIBLE_DEVICES" in environment else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def visible_gpus() -> str:

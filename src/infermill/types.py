@@ -1,7 +1,7 @@
 """The frozen values that cross stages."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 Stage = Literal["fetch", "decode", "predict"]
@@ -103,6 +103,10 @@ class Options(StoreOptions):
     "Objects a partition, at most."
     partition_bytes: int = 64 << 20
     "Bytes of input a partition, at most."
+
+    def for_workers(self) -> "Options":
+        """Without what only the driver needs, which may hold secrets: a token in `remote`, passwords in `conf`."""
+        return replace(self, engine="local", master=None, remote=None, conf=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from infermill.models.model import Model
 from infermill.models.onnx import inspect_network
 from infermill.output import PLAN_FOLDER, Output
 from infermill.parts import rows_table
+from infermill.patience import has_answered
 from infermill.pipeline import Network, PartitionRows, Share, Stages, Watch, run_pipeline, unwatched
 from infermill.plan import PlanInfo, Revision, partition_reader
 from infermill.predictions import TaskRows, rows_for
@@ -128,10 +129,16 @@ def run_partitions(
             raise
 
 
-def try_each(job: Job, places: Sequence[tuple[int, int]], watch: Watch, network: LoadedNetwork) -> None:
+def trust_stores(job: Job) -> None:
+    """Wait for the stores of a job from the first request on: the driver has reached them."""
+    for uri in (job.output, *(() if job.source.keys_are_uris else (job.source.root,))):
+        has_answered(uri, job.options)
+
+
+def try_each(job: Job, places: Sequence[tuple[int, int]], meter: Meter, watch: Watch, network: LoadedNetwork) -> None:
     """Decode and predict rows one by one, with nothing else under way: what dies here, dies of the row in hand."""
     refs = functools.lru_cache(maxsize=4)(_revision_and_refs(job, Output(job.output, job.options))[1])
-    predictor = network_of(*network.get(job.model, job.options, Meter()))
+    predictor = network_of(*network.get(job.model, job.options, meter))
     stages = stages_of(job.source, job.model, job.options, lambda: predictor)
     for partition, row in places:
         with suppress(BadInputError, MemoryError):  # which the pipeline books

@@ -22,10 +22,9 @@ from infermill.errors import InfermillError
 from infermill.imports import leave_out_pandas
 from infermill.journal import Journal
 from infermill.meter import Meter
-from infermill.patience import has_answered
 from infermill.runtimes import MODULES
 from infermill.types import Assignment
-from infermill.worker import Job, LoadedNetwork, run_partitions, try_each
+from infermill.worker import Job, LoadedNetwork, run_partitions, trust_stores, try_each
 
 TELL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -104,13 +103,13 @@ def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
     try:
         while True:
             task = driver.receive_task()
-            job = task.job
-            for uri in (job.output, *(() if job.source.keys_are_uris else (job.source.root,))):
-                has_answered(uri, job.options)  # to the driver, which has planned the job there
+            trust_stores(task.job)
+            meter = Meter()
             if task.suspects is None:
-                _run(driver, job, journal, network)
+                _run(driver, task.job, journal, network, meter)
             else:
-                try_each(job, task.suspects, journal.note, network)
+                try_each(task.job, task.suspects, meter, journal.note, network)
+            driver.send(meter.drain())
             driver.send(Done())
     except BrokenPipeError:
         raise
@@ -118,8 +117,7 @@ def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
         driver.send(_raised(error))
 
 
-def _run(driver: _Driver, job: Job, journal: Journal, network: LoadedNetwork) -> None:
-    meter = Meter()
+def _run(driver: _Driver, job: Job, journal: Journal, network: LoadedNetwork, meter: Meter) -> None:
     ended = threading.Event()
 
     def tell() -> None:
@@ -135,7 +133,6 @@ def _run(driver: _Driver, job: Job, journal: Journal, network: LoadedNetwork) ->
     finally:
         ended.set()
         telling.join()
-    driver.send(meter.drain())
 
 
 def _raised(error: Exception) -> Raised:

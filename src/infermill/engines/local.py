@@ -79,6 +79,7 @@ class _Workers:
     def run(self, job: "Job", ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
         board = _Board(ids)
         events: queue.SimpleQueue[PartitionReport | BaseException | None] = queue.SimpleQueue()
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
         running = meter.workers = min(self._options.workers, len(ids))
         for number in range(running):
             supervise = _Supervisor(self, job, board, meter, events).run
@@ -163,6 +164,8 @@ class _Child:
                         case Said():
                             logger.log(message.level, message.text)
                         case Raised():
+                            self.kill()
+                            self.close()
                             if message.traceback:
                                 message.error.add_note(message.traceback)
                             raise message.error
@@ -348,7 +351,10 @@ class _Supervisor:
         child = self._workers.child()
         child.answer(Task(self._job, tuple(suspects)))
         for message in child.messages(self._job.options.item_timeout):
-            if isinstance(message, Done):
-                self._workers.is_done(child)
-                return None
+            match message:
+                case Counts():
+                    self._meter.add(message)
+                case Done():
+                    self._workers.is_done(child)
+                    return None
         return child.end()

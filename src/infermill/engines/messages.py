@@ -1,12 +1,12 @@
 """What a driver and its workers say to each other.
 
-driver ──── Task ────► worker      once
+driver ──── Task ────► worker      one after the other
        ◄─── Ask ──────             whenever the pipeline wants another partition
        ──── Assignment ►           or None, when there is none left
        ◄─── Counts ───             a few times a second
        ◄─── Said ─────             a line for the log
        ◄─── PartitionReport        when its part is there
-       ◄─── Raised or Done         at the end
+       ◄─── Raised or Done         at the end of each task; after Raised, the worker ends
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker is for: partitions of a job, or, where `suspects` are given, each of these rows by itself."""
+    """What a worker is to do: partitions of a job, or, where `suspects` are given, each of these rows by itself."""
 
     job: "Job"
     suspects: tuple[tuple[int, int], ...] | None = None
@@ -31,7 +31,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A worker has done what it was for."""
+    """A worker has done its task, and waits for another."""
 
 
 @dataclass(frozen=True, slots=True)

