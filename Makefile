@@ -11,7 +11,7 @@ demo: $(UV)
 	@$(UV) run --quiet --no-sync infermill demo
 
 test: .venv/installed
-	$(UV) run --no-sync pytest
+	$(UV) run --no-sync pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/installed
 	$(UV) run --no-sync ruff format --check

@@ -97,7 +97,7 @@ def part_files(output: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class StandaloneCluster:
-    """A master and two workers with a core and a GiB each, all on the loopback interface."""
+    """A master and two workers with two cores and a GiB each, all on the loopback interface."""
 
     master: str
     folder: Path
@@ -169,7 +169,7 @@ def run_standalone(folder: Path) -> Iterator[StandaloneCluster]:
     url = f"spark://127.0.0.1:{port}"
     deploy, hosts = "org.apache.spark.deploy", [_host(number) for number in range(WORKERS)]
     ports = ["--port", str(port), "--webui-port", str(web_port)]
-    share = ["--webui-port", "0", "--cores", "1", "--memory", "1G"]
+    share = ["--webui-port", "0", "--cores", "2", "--memory", "1G"]
     with ExitStack() as daemons:
         master = _Daemon(folder / "master", ["spark-class", f"{deploy}.master.Master", "--host", "127.0.0.1", *ports])
         daemons.enter_context(master)
@@ -190,18 +190,19 @@ def _host(number: int) -> str:
 
 
 @contextmanager
-def run_connect_server(folder: Path) -> Iterator[str]:
-    """A Spark Connect server with `local[2]` inside, in a process and a folder of its own; the value is its URL."""
+def run_connect_server(folder: Path, master: str = "local[2]") -> Iterator[str]:
+    """A Spark Connect server in a process and a folder of its own, with or before a master; the value is its URL."""
     port = free_port()
     settings = {
         "spark.connect.grpc.binding.address": "127.0.0.1",
         "spark.connect.grpc.binding.port": str(port),
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.driver.host": "127.0.0.1",
+        "spark.executor.memory": "512m",
         "spark.ui.enabled": "false",
     }
     command = ["spark-submit", "--class", "org.apache.spark.sql.connect.service.SparkConnectServer"]
-    command += ["--master", "local[2]"]
+    command += ["--master", master]
     command += [argument for name, value in settings.items() for argument in ("--conf", f"{name}={value}")]
     with _Daemon(folder, [*command, "spark-internal"], LEAST_HEAP) as server:
         server.wait_until(lambda: _accepts(port))

@@ -16,7 +16,15 @@ import pytest
 import infermill
 from infermill import Options
 from infermill.session import first_line, spark_session
-from tests.clusters import SlowDecoder, StandaloneCluster, open_remote, part_files, wait_until, write_photos
+from tests.clusters import (
+    SlowDecoder,
+    StandaloneCluster,
+    open_remote,
+    part_files,
+    run_connect_server,
+    wait_until,
+    write_photos,
+)
 from tests.networks import tiny_classifier
 from tests.servers import free_port
 
@@ -143,6 +151,25 @@ def test_a_session_keeps_its_workers(folder: Path, kind: str, request: pytest.Fi
         assert (second.workers, second.model_loads) == (1, 0)
     if kind == "classic":  # Python workers of a server end a minute after their last task
         assert set(psutil.Process().children(recursive=True)) <= before
+
+
+@pytest.mark.slow
+def test_spark_connect_before_a_cluster(folder: Path, standalone: StandaloneCluster) -> None:
+    """Each task has an executor of two cores to itself, by a resource profile that the server makes."""
+    with run_connect_server(folder / "server", standalone.master) as url, open_remote(url) as session:
+        options = Options(partition_objects=4)
+        summary = infermill.run(folder / "photos", folder / "model.yaml", folder / "out", options, engine=session)
+    assert (summary.ok, summary.workers, summary.model_loads) == (40, 2, 2)
+    assert infermill.verify(folder / "out").problems == ()
+
+
+@pytest.mark.slow
+def test_the_doctor_asks_every_executor(folder: Path, standalone: StandaloneCluster, decoder: SlowDecoder) -> None:
+    command = [*COMMAND, "doctor", "--json", *on_cluster(standalone, decoder)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    executors = [one for one in json.loads(answer.stdout) if one["name"].startswith("executor")]
+    assert len(executors) == 2
+    assert all(one["usable"] and one["detail"].startswith("2 cores, Python 3.") for one in executors)
 
 
 @pytest.mark.slow

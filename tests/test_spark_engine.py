@@ -152,7 +152,7 @@ def test_a_task_that_hangs_gets_a_twin(
         summary = jobs.run(slow_photos, tmp_path / "out", show_progress)
     check(tmp_path / "out", summary, expected)
     wait_until(lambda: not psutil.pid_exists(stopped[0]))  # it ends with its attempt, which comes second
-    line = r"^ +\d+ s  \d+/40 · [\d.]+/s · ETA \d+ s · 0 failed · [5-9]/10 partitions, last: [\d, ]+ on {}$"
+    line = r"^ +\d+ s  \d+/40 · [\d.]+/s · ETA \d+ s · 0 failed · \d/10 partitions, last: [\d, ]+ on {}$"
     said = capsys.readouterr().err
     assert re.search(line.format(re.escape(socket.gethostname())), said, re.MULTILINE), said
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkException
 from pyspark.java_gateway import launch_gateway
@@ -32,12 +33,17 @@ def spark_session(options: Options) -> Iterator[SparkSession]:
     A session that this process has already is taken as it is where no option asks for another one.
 
     Raises:
-        UsageError: a `--conf` is not `key=value`.
+        UsageError: a `--conf` is not `key=value`, or this process has a session and another one is asked for.
         InfermillError: there is no Java, or Spark does not start, or nothing answers at `--remote` or `--master`.
     """
     conf = parsed_conf(options.conf)
-    active = None if options.master or options.remote or conf else SparkSession.getActiveSession()
+    active = SparkSession.getActiveSession()
     if active is not None:
+        if options.master or options.remote or conf:
+            raise UsageError(
+                "this process has a Spark session, and can have no other",
+                "pass it as engine=session, or stop it first",
+            )
         yield active
         return
     with ExitStack() as ending:
@@ -93,6 +99,8 @@ def _reach(places: Iterable[str], what: str, hint: str) -> None:
     reasons = []
     for place in places:
         host, _, port = place.rpartition(":")
+        if not port.isdecimal():
+            raise UsageError(f"{place} is no host:port", "write spark://one:7077,other:7077")
         try:
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         except OSError as error:
@@ -123,6 +131,8 @@ def _started(master: str, conf: Mapping[str, str]) -> SparkSession:
             "spark.ui.enabled": "false",
         }
         environment |= {"SPARK_LOCAL_IP": "127.0.0.1"}
+    elif "spark.executor.cores" in conf:
+        defaults |= {"spark.task.cpus": conf["spark.executor.cores"]}
     if "spark.pyspark.python" in conf:  # which only spark-submit would read
         environment |= {"PYSPARK_PYTHON": conf["spark.pyspark.python"]}
     elif master.startswith("local"):
@@ -201,11 +211,7 @@ def _built(builder: SparkSession.Builder, conf: Mapping[str, str], what: str) ->
         builder = builder.config(key, value)
     try:
         return builder.getOrCreate()
-    except (PySparkException, OSError, RuntimeError) as error:
-        raise InfermillError(f"Spark does not start with {what}: {first_line(error)}", _HINT) from None
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("py4j", "grpc"):
-            raise
+    except (PySparkException, Py4JError, OSError, RuntimeError) as error:
         raise InfermillError(f"Spark does not start with {what}: {first_line(error)}", _HINT) from None
 
 

@@ -13,13 +13,14 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from pyspark import inheritable_thread_target
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 from pyspark.sql.functions import spark_partition_id
@@ -52,15 +53,19 @@ def start(options: Options) -> Iterator[Engine]:
     Raises:
         UsageError, InfermillError: as `session.spark_session`.
     """
+    _check(options)
+    where = options.remote or options.master or "this machine"
+    logger.info("starting Spark on %s", where if "token=" not in where else "a Spark Connect server")
+    with spark_session(options) as session:
+        yield on(session)
+
+
+def _check(options: Options) -> None:
     if options.workers > 1:
         raise UsageError(
             "--workers is for this machine: on Spark, every executor is one",
             "set their number with --conf spark.executor.instances=N",
         )
-    where = options.remote or options.master or "this machine"
-    logger.info("starting Spark on %s", where if "token=" not in where else "a Spark Connect server")
-    with spark_session(options) as session:
-        yield on(session)
 
 
 def on(session: SparkSession, partitions_per_task: int | None = None) -> Engine:
@@ -76,6 +81,8 @@ def on(session: SparkSession, partitions_per_task: int | None = None) -> Engine:
 def _run(
     session: SparkSession, partitions_per_task: int | None, job: Job, ids: Sequence[int], meter: Meter
 ) -> Iterator[PartitionReport]:
+    _check(job.options)
+    job = replace(job, options=job.options.for_workers())
     meter.activity = "waiting for executors"
     shape = _shape(session)
     per_task = partitions_per_task or min(-(-len(ids) // (TASKS_PER_SLOT * shape.slots)), PARTITIONS_PER_TASK)
@@ -85,7 +92,8 @@ def _run(
     function = shipping.task(spark_task.run, spark_task.Work(job, model, shares, run))
     frame = session.range(0, len(shares), 1, len(shares)).mapInArrow(function, "answer string", profile=shape.profile)
     place = Output(job.output, job.options)
-    watch = _Watch(place, job, ids, meter, run)
+    watch = _Watch(place, job, shares, meter, run)
+    place.delete(watch.notes())  # of a driver that was killed
     answer = _Collected(session, frame)
     try:
         while not answer.is_done(watch.pause_seconds):
@@ -93,7 +101,6 @@ def _run(
         yield from _answered(answer.rows(), watch, meter)
     finally:
         answer.cancel()
-        place.delete([f"{spark_task.RUNNING_FOLDER}/{name}" for name in watch.running()])
 
 
 def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter) -> Iterator[PartitionReport]:
@@ -114,16 +121,16 @@ def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter) -> Iterator[Pa
 class _Watch:
     """Sees in the output what is done and what is being done."""
 
-    def __init__(self, place: Output, job: Job, ids: Sequence[int], meter: Meter, run: str) -> None:
+    def __init__(self, place: Output, job: Job, shares: Sequence[Sequence[int]], meter: Meter, run: str) -> None:
         self._place = place
         self._notes = job.notes
         self._run = run
         self._meter = meter
-        self._left = set(ids)
-        self._total = len(ids)
+        self._tasks = {partition: number for number, share in enumerate(shares) for partition in share}
+        self._left = set(self._tasks)
         # Of those that are revised: their reports are in the answers of the tasks.
         self._old = set(place.parts())
-        self._running: dict[str, Mapping[str, Any]] = {}
+        self._hosts: dict[str, str] = {}
         self.pause_seconds = _POLL_SECONDS
 
     def new_reports(self) -> Iterator[PartitionReport]:
@@ -132,8 +139,8 @@ class _Watch:
         for report in found.values():
             if self.is_new(report):
                 yield report
-        done = f"{self._total - len(self._left):,}/{self._total:,} partitions"
-        is_tail = 0 < len(self._left) <= min(TAIL_PARTITIONS, self._total // 2)
+        done = f"{len(self._tasks) - len(self._left):,}/{len(self._tasks):,} partitions"
+        is_tail = 0 < len(self._left) <= min(TAIL_PARTITIONS, len(self._tasks) - 1)
         self._meter.detail = f"{done}, last: {self._tail()}" if is_tail else done
         # Listing 10,000 parts takes a second, and costs money.
         self.pause_seconds = min(max(_POLL_SECONDS, 20 * (time.monotonic() - started)), _LONGEST_POLL_SECONDS)
@@ -147,19 +154,24 @@ class _Watch:
 
     def _tail(self) -> str:
         """Which partitions are last, and where."""
-        for name in self.running():
-            if name not in self._running:
-                content = self._place.read(f"{spark_task.RUNNING_FOLDER}/{name}")
-                self._running[name] = json.loads(content) if content else {"host": "?", "partitions": []}
+        hosts: dict[int, set[str]] = {}
+        tasks = {self._tasks[partition] for partition in self._left}
+        for name in self.notes():
+            run, task, _ = name.rpartition("/")[2].split("-")
+            if run == self._run and int(task) in tasks:
+                if name not in self._hosts:
+                    content = self._place.read(name)
+                    self._hosts[name] = content.decode() if content else "?"
+                hosts.setdefault(int(task), set()).add(self._hosts[name])
         places: dict[str, list[str]] = {}
         for partition in sorted(self._left):
-            hosts = {one["host"] for one in self._running.values() if partition in one["partitions"]}
-            places.setdefault(" and ".join(sorted(hosts)) or "no executor yet", []).append(str(partition))
+            where = " and ".join(sorted(hosts.get(self._tasks[partition], ())))
+            places.setdefault(where or "no executor yet", []).append(str(partition))
         return "; ".join(f"{', '.join(numbers)} on {host}" for host, numbers in places.items())
 
-    def running(self) -> list[str]:
-        """The names of what the tasks of this run have left to say where they are."""
-        return [name for name in self._place.names(spark_task.RUNNING_FOLDER) if name.startswith(self._run)]
+    def notes(self) -> list[str]:
+        """The notes of the tasks that run, and of those that were killed."""
+        return [f"{spark_task.RUNNING_FOLDER}/{name}" for name in self._place.names(spark_task.RUNNING_FOLDER)]
 
 
 class _Collected:
@@ -173,7 +185,8 @@ class _Collected:
         else:
             self._add_tag, self._interrupt = session.addTag, session.interruptTag
         self._pool = ThreadPoolExecutor(1, "spark")
-        self._rows: Future[list[str]] = self._pool.submit(self._collect, frame)
+        collect = inheritable_thread_target(session)(self._collect)
+        self._rows: Future[list[str]] = self._pool.submit(collect, frame)
 
     def _collect(self, frame: Any) -> list[str]:
         self._add_tag(self._tag)  # of this thread alone
@@ -208,8 +221,8 @@ class _Collected:
         ) from error
 
     def cancel(self) -> None:
-        if not self._rows.done():
-            self._interrupt(self._tag)
+        while not self.is_done(_POLL_SECONDS):
+            self._interrupt(self._tag)  # again and again: it may not have begun
         self._pool.shutdown()
 
 
@@ -225,17 +238,21 @@ def _shape(session: SparkSession) -> _Shape:
     cores = local_cores(session.conf.get("spark.master")) if shipping.runs_here(session) else None
     if cores is not None:
         return _Shape(max(cores // int(session.conf.get("spark.task.cpus", "1")), 1))
-    # One task asks for all executors: each of several would leave a Python worker behind, and the tasks of the job
-    # would take turns with these, so that each of them loaded the network.
+    # One task asks for all executors: each of several would leave a Python worker behind, and where tasks need no
+    # profile, they would take turns with these, so that each of them loaded the network.
     (executor,) = _described(session, session.range(0, 1, 1, 1), 0.0)
     # A DataFrame has as many partitions as there are cores; Spark Connect tells that nowhere else.
-    numbers = session.range(1 << 16).select(spark_partition_id().alias("number"))
-    parallelism = numbers.agg({"number": "max"}).first()[0] + 1
-    cores = executor["cores"]
-    if session.conf.get("spark.task.cpus", None) is not None or cores == 1:
-        return _Shape(parallelism)
-    profile = ResourceProfileBuilder().require(TaskResourceRequests().cpus(cores)).build
-    return _Shape(max(parallelism // cores, 1), profile)
+    (last,) = session.range(1 << 16).select(spark_partition_id().alias("number")).tail(1)
+    parallelism, cores = last["number"] + 1, executor["cores"]
+    # With dynamic allocation, a profile would ask for executors of its own beside those that are there.
+    is_dynamic = session.conf.get("spark.dynamicAllocation.enabled", "false") == "true"
+    if is_dynamic or cores == 1 or session.conf.get("spark.task.cpus", None) is not None:
+        return _Shape(max(parallelism // int(session.conf.get("spark.task.cpus", "1")), 1))
+    whole = TaskResourceRequests().cpus(cores)
+    gpus = session.conf.get("spark.task.resource.gpu.amount", None)
+    if gpus is not None:  # which a profile does not take over
+        whole = whole.resource("gpu", float(gpus))
+    return _Shape(max(parallelism // cores, 1), ResourceProfileBuilder().require(whole).build)
 
 
 def survey_of(options: Options) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,15 +24,13 @@ from infermill.engines import Engine, local
 from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.output import Output
-from infermill.patience import has_answered
 from infermill.record import FOLDER
 from infermill.shipping import ShippedModel
 from infermill.task_resources import task_cores, task_devices, visible_gpus
 from infermill.types import Options
-from infermill.worker import Job
+from infermill.worker import Job, trust_stores
 
 RUNNING_FOLDER = f"{FOLDER}/running"
-_EXECUTOR = re.compile(r"executor", re.IGNORECASE)
 _engines: dict[tuple[object, ...], Engine] = {}
 _models: dict[str, Model] = {}
 _open_engines = ExitStack()
@@ -67,24 +64,23 @@ def run(work: Work, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatc
 def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
     context = TaskContext.get()
     assert context is not None  # noqa: S101 - this is a task
-    ids, options = work.shares[number], replace(work.job.options, workers=1)
-    options = replace(options, threads=options.threads or task_cores())
-    for uri in (work.job.output, *(() if work.job.source.keys_are_uris else (work.job.source.root,))):
-        has_answered(uri, options)  # to the driver
-    place = Output(work.job.output, options)
-    running = {"host": socket.gethostname(), "partitions": list(ids)}
-    name = f"{work.run}-{number}-{context.attemptNumber()}.json"
-    place.create(f"{RUNNING_FOLDER}/{name}", json.dumps(running).encode())
+    options = replace(work.job.options, threads=work.job.options.threads or task_cores())
     job, meter = replace(work.job, options=options, model=_model(work.model)), Meter()
-    done = {}
-    if context.attemptNumber() > 0 and job.revision is None:
-        done = place.reports(job.notes, of=ids)
-    for report in done.values():
-        yield _answer({"report": asdict(report)})
-    todo = [partition for partition in ids if partition not in done]
-    if todo:
-        for report in _engine(options, task_devices())(job, todo, meter):
+    trust_stores(job)
+    place, note = Output(job.output, options), f"{RUNNING_FOLDER}/{work.run}-{number}-{context.attemptNumber()}"
+    place.create(note, socket.gethostname().encode())
+    try:
+        done = {}
+        if context.attemptNumber() > 0 and job.revision is None:
+            done = place.reports(job.notes, of=work.shares[number])
+        for report in done.values():
             yield _answer({"report": asdict(report)})
+        todo = [partition for partition in work.shares[number] if partition not in done]
+        if todo:
+            for report in _engine(options, task_devices())(job, todo, meter):
+                yield _answer({"report": asdict(report)})
+    finally:
+        place.delete([note])
     worker = f"{socket.gethostname()}/{os.getpid()}"
     yield _answer({"worker": worker, "counts": asdict(meter.drain())})
 
