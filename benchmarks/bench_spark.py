@@ -22,6 +22,7 @@ NAMES = {
     "engine_single": "infermill, Spark engine, a task a partition",
     "column": "infermill.spark.predict over binaryFile",
     "batch_udf": "predict_batch_udf over binaryFile, ONNX Runtime",
+    "batch_udf_single": "… with a thread of ONNX Runtime for each task",
 }
 
 

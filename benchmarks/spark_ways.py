@@ -65,12 +65,25 @@ def column(work: Path) -> Iterator[Predict]:
 
 @contextmanager
 def batch_udf(work: Path) -> Iterator[Predict]:
-    """Spark's own `predict_batch_udf` over `binaryFile`, with Pillow, NumPy and ONNX Runtime."""
+    """Spark's own `predict_batch_udf` over `binaryFile`, with Pillow, NumPy, and ONNX Runtime as it comes."""
+    with _batch_udf(work, threads=0) as run:
+        yield run
+
+
+@contextmanager
+def batch_udf_single(work: Path) -> Iterator[Predict]:
+    """The same with one thread of ONNX Runtime for each task, of which there are as many as cores."""
+    with _batch_udf(work, threads=1) as run:
+        yield run
+
+
+@contextmanager
+def _batch_udf(work: Path, threads: int) -> Iterator[Predict]:
     network = str(work / "resnet18.onnx")
 
     def make_predict() -> Callable[[NDArray[Any]], dict[str, NDArray[Any]]]:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads
         loaded = ort.InferenceSession(network, options)
 
         def predict_batch(contents: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -117,7 +130,7 @@ def _write(predicted: DataFrame, out: Path) -> None:
     predicted.select("path", "prediction").write.parquet(str(out))
 
 
-WAYS = {one.__name__: one for one in (local, engine, engine_single, column, batch_udf)}
+WAYS = {one.__name__: one for one in (local, engine, engine_single, column, batch_udf, batch_udf_single)}
 
 
 def main() -> None:

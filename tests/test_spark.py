@@ -274,8 +274,9 @@ def test_a_stage_of_a_pipeline_is_saved_and_loaded(
     stage = InfermillTransformer(model="model.yaml", outputCol="told", options=options, cardOptions=card_options)
     Pipeline(stages=[stage]).fit(files).write().overwrite().save(str(tmp_path / "saved"))
     monkeypatch.chdir("/")
-    loaded = PipelineModel.load(str(tmp_path / "saved"))
-    rows = loaded.transform(files).orderBy("path").collect()
+    another = spark.newSession()
+    loaded = PipelineModel.read().session(another).load(str(tmp_path / "saved"))
+    rows = loaded.transform(another.read.format("binaryFile").load(str(photos))).orderBy("path").collect()
     assert [len(row.told.top) for row in rows if row.told.top] == [2] * 39
     assert rows[0].told.top[0].label == LABELS[9 - rows[0].told.top[0]["index"]]
     assert [plain(row.told) for row in stage.transform(files).orderBy("path").collect()] == [

@@ -240,3 +240,14 @@ def test_a_store_that_breaks_stops_the_job(jobs: Jobs, bucket: Bucket, tmp_path:
         summary = infermill.run(f"{bucket.uri}/photos/", jobs.card, tmp_path / "out", options)
     assert (summary.ok, summary.failed) == (24, 0)
     assert infermill.verify(tmp_path / "out").problem_count == 0
+
+
+def test_a_folder_that_executors_do_not_see_is_not_taken_for_an_empty_one(jobs: Jobs, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 8)
+    with pytest.raises(infermill.StoreError, match="accounts for 0 of 8"):  # it is planned, and no more
+        infermill.run(tmp_path / "photos", jobs.card, tmp_path / "out", engine=lambda *_: iter(()))
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    with pytest.raises(infermill.StoreError, match="photos is not there on"):
+        infermill.run(tmp_path / "photos", jobs.card, tmp_path / "out", engine=jobs.session)
+    (tmp_path / "elsewhere").rename(tmp_path / "photos")
+    assert infermill.run(tmp_path / "photos", jobs.card, tmp_path / "out").ok == 8

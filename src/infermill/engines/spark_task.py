@@ -21,9 +21,10 @@ from pyspark import TaskContext
 
 from infermill import __version__, shipping
 from infermill.engines import Engine, local
+from infermill.errors import StoreError
 from infermill.meter import Meter
 from infermill.models.model import Model
-from infermill.output import Output
+from infermill.output import JOB_FILE, Output
 from infermill.record import FOLDER
 from infermill.shipping import ShippedModel
 from infermill.task_resources import task_cores, task_devices, visible_gpus
@@ -67,6 +68,7 @@ def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
     options = replace(work.job.options, threads=work.job.options.threads or task_cores())
     job, meter = replace(work.job, options=options, model=_model(work.model)), Meter()
     trust_stores(job)
+    _check_folders(job)
     place, note = Output(job.output, options), f"{RUNNING_FOLDER}/{work.run}-{number}-{context.attemptNumber()}"
     place.create(note, socket.gethostname().encode())
     try:
@@ -83,6 +85,17 @@ def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
         place.delete([note])
     worker = f"{socket.gethostname()}/{os.getpid()}"
     yield _answer({"worker": worker, "counts": asdict(meter.drain())})
+
+
+def _check_folders(job: Job) -> None:
+    """Raise StoreError where a folder that the driver has seen is not on this machine: no object of it is missing."""
+    needed = [f"{job.output}/{JOB_FILE}", *(() if job.source.keys_are_uris else (job.source.root,))]
+    for path in needed:
+        if path.startswith("/") and not Path(path).exists():
+            raise StoreError(
+                f"{path} is not there on {socket.gethostname()}",
+                "executors need source and output under the driver's paths: use a store, or folders that all share",
+            )
 
 
 def _answer(content: Mapping[str, object]) -> pa.RecordBatch:
