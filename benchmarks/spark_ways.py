@@ -115,9 +115,9 @@ def _preprocess(content: bytes) -> NDArray[np.float32]:
 def _session() -> Iterator[SparkSession]:
     """As many tasks at once as there are cores, which is Spark's default.
 
-    But for the cost of opening a file, for which Spark would put no more than 31 photos into a task.
+    But for the cost of opening a file, for which Spark would put no more than 31 photos into a task, here 117.
     """
-    conf = ("spark.task.cpus=1", "spark.sql.files.openCostInBytes=262144")
+    conf = ("spark.task.cpus=1", "spark.sql.files.openCostInBytes=1048576")
     with spark_session(Options(master=_master(), conf=conf)) as session:
         yield session
 
