@@ -5,6 +5,7 @@ brings it down costs one row, as it does there, and not the task.
 """
 
 import atexit
+import functools
 import importlib.metadata
 import json
 import os
@@ -33,7 +34,6 @@ from infermill.worker import Job, trust_stores
 
 RUNNING_FOLDER = f"{FOLDER}/running"
 _engines: dict[tuple[object, ...], Engine] = {}
-_models: dict[str, Model] = {}
 _open_engines = ExitStack()
 atexit.register(_open_engines.close)
 
@@ -102,11 +102,9 @@ def _answer(content: Mapping[str, object]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict({"answer": [json.dumps(content)]})
 
 
+@functools.lru_cache(maxsize=1)
 def _model(shipped: ShippedModel) -> Model:
-    if shipped.digest not in _models:
-        _models.clear()
-        _models[shipped.digest] = shipped.open()
-    return _models[shipped.digest]
+    return shipped.open()
 
 
 def _engine(options: Options, environment: Mapping[str, str]) -> Engine:
