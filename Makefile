@@ -4,13 +4,14 @@ UV := .make/uv/bin/uv
 export UV_PYTHON := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo test check bench format
+.PHONY: demo test check bench format mxnet-env
 
 demo: $(UV)
 	@$(UV) sync --quiet --locked --inexact --no-default-groups --extra demo
 	@$(UV) run --quiet --no-sync infermill demo
 
 test: .venv/installed
+	@$(MAKE) --no-print-directory mxnet-env || echo 'mxnet-env: not installed, and the tests that need MXNet are skipped'
 	$(UV) run --no-sync pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/installed
@@ -30,6 +31,15 @@ format: .venv/installed
 
 .venv/installed: $(UV) uv.lock
 	$(UV) sync --locked --all-extras
+	@touch $@
+
+# The last MXNet needs a NumPy before 1.24, and so a Python before 3.12, of its own.
+mxnet-env: .make/mxnet/installed
+
+.make/mxnet/installed: $(UV)
+	$(UV) venv --quiet --clear --python '>=3.8,<3.12' .make/mxnet
+	$(UV) pip install --quiet --python .make/mxnet/bin/python mxnet==1.9.1 'numpy<1.24' || { rm -r .make/mxnet; exit 1; }
+	.make/mxnet/bin/python -c 'import mxnet' || { rm -r .make/mxnet; exit 1; }
 	@touch $@
 
 $(UV):

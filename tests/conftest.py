@@ -1,8 +1,10 @@
 """Fixtures that several test files share; servers are started when the first test asks for them."""
 
 import functools
+import json
 import os
 import signal
+import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,9 +16,13 @@ import pytest
 
 from tests.clusters import StandaloneCluster, run_connect_server, run_standalone
 from tests.fault_proxy import FaultProxy
+from tests.mxnet_checkpoints import CARDS, card_of
 from tests.servers import AuthServer, Bucket, ScriptedStore, connect, run_ministack, run_moto_with_authentication
 
 NOBODY = 65534
+MXNET_PYTHON = Path(__file__).parents[1] / ".make" / "mxnet" / "bin" / "python"
+# They import MXNet, which only its own Python has.
+collect_ignore = ["mxnet_operators.py", "mxnet_small.py", "mxnet_symbols.py", "mxnet_zoo.py"]
 # Tests that were started in the background ignore Ctrl-C, and so would the commands that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -125,3 +131,22 @@ def connect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Spark Connect server."""
     with run_connect_server(tmp_path_factory.mktemp("connect")) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def mxnet_python() -> Path:
+    """A Python that has the real MXNet: that of INFERMILL_MXNET_PYTHON, or the one that `make mxnet-env` installs."""
+    python = Path(os.environ.get("INFERMILL_MXNET_PYTHON") or MXNET_PYTHON)
+    if not python.is_file():
+        pytest.skip(f"no MXNet: {python} is missing; `make mxnet-env` says why it cannot be installed")
+    return python
+
+
+@pytest.fixture(scope="session")
+def small_checkpoints(mxnet_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints of `mxnet_small`, a card for each, and MXNet's own answers."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    subprocess.run([mxnet_python, Path(__file__).with_name("mxnet_small.py"), folder], check=True, capture_output=True)
+    for name in CARDS:
+        (folder / f"{name}.yaml").write_text(json.dumps(card_of(folder / name)))
+    return folder

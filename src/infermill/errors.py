@@ -6,11 +6,14 @@ InfermillError              exit 1; message, and a hint that says what to do nex
 │   └── JobMismatchError    the output holds another job
 ├── BudgetError             exit 3; more objects fail than the budget allows; the job can be resumed
 ├── SourceError             the source cannot be listed, or holds nothing
+├── RuntimeDiedError        the process in which a runtime executes the network has died
 └── StoreError              a store refuses or does not answer; the job stops and can be resumed
 
 BadInputError               one input cannot be predicted: caught at one place in the
                             pipeline, where it becomes a failure row; never seen by a user
 """
+
+import signal
 
 from infermill.types import Failure, FailureCode, Stage
 
@@ -51,6 +54,26 @@ class BudgetError(InfermillError):
 
 class SourceError(InfermillError):
     """The source cannot be listed, or holds nothing to predict on."""
+
+
+class RuntimeDiedError(InfermillError):
+    """The process in which a runtime executes the network has died; `status` is its exit code, or minus the signal."""
+
+    def __init__(self, message: str, hint: str = "", status: int = 1) -> None:
+        super().__init__(message, hint)
+        self.status = status
+
+
+def death_of(status: int) -> str:
+    """How a process ended, of which `status` is the exit code, or minus the signal.
+
+    Example:
+        >>> death_of(-11)
+        'SIGSEGV'
+    """
+    if status >= 0:
+        return f"exit code {status}"
+    return signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
 
 
 class StoreError(InfermillError):

@@ -37,9 +37,17 @@ class Entry:
     rows: tuple[tuple[int, int], ...]
 
 
-def _memory_file() -> int:
+def memory_file(name: str) -> int:
+    """The descriptor of an empty file that exists only in memory, or at least has no name in a folder.
+
+    Args:
+        name: what the system shows it as.
+
+    Example:
+        >>> os.close(memory_file("infermill-journal"))
+    """
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("infermill-journal")
+        return os.memfd_create(name)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
@@ -58,7 +66,7 @@ class Journal:
 
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
-            descriptor = _memory_file()
+            descriptor = memory_file("infermill-journal")
             os.ftruncate(descriptor, SLOTS * _SLOT_BYTES)
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, SLOTS * _SLOT_BYTES)

@@ -22,21 +22,37 @@ FailureCode = Literal[
 ]
 RETRYABLE: tuple[FailureCode, ...] = ("missing", "unreadable", "store", "native_crash", "oom", "timeout")
 "Failures that may pass: predicting the same object once more can end otherwise."
-Task = Literal["classification", "embedding", "raw"]
+Task = Literal["classification", "embedding", "raw", "detection"]
+DetectionFormat = Literal["mxnet-ssd", "yolov5", "yolov8", "yolov10", "boxes-labels-scores"]
 MAX_PIXELS = 178_956_970
 "Pillow's own limit, beyond which it calls an image a decompression bomb."
-RuntimeName = Literal["openvino", "onnxruntime"]
+RuntimeName = Literal["openvino", "onnxruntime", "mxnet"]
 DecodeProfile = Literal["exact", "fast"]
 EngineName = Literal["local", "spark"]
+ShardFormat = Literal["recordio", "tar", "cifar10", "cifar100"]
+Split = Literal["train", "test", "all"]
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+Label = str | int | list[float] | None
+IN_NO_SHARD = -1
+"The offset of an object that lies in no shard, or no more."
+DAMAGED = -2
+"The offset of a row that stands for what is lost of a damaged shard."
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectRef:
-    """One input as it was listed: its key, its size in bytes (-1: unknown) and its etag (None: unknown)."""
+    """One input as it was listed: its key, its size in bytes (-1: unknown) and its etag (None: unknown).
+
+    A member of a shard has the etag of the shard, and the key `shard#member`.
+    """
 
     key: str
     size: int = -1
     etag: str | None = None
+    offset: int = IN_NO_SHARD
+    "Where its bytes begin in the shard."
+    label: Label = None
+    "What the shard says that it is."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,8 @@ class Options(StoreOptions):
     "Take only the first N objects of the listing."
     runtime: RuntimeName = "openvino"
     "The library that executes the network."
+    runtime_python: str | None = None
+    "The Python that has mxnet, for the runtime of that name. (default: INFERMILL_MXNET_PYTHON, or one made for it)"
     decode: DecodeProfile = "exact"
     "`exact`: pixel for pixel what Pillow gives. `fast`: DCT scaling and a SIMD resizer."
     threads: int | None = None
@@ -115,6 +133,8 @@ class CardOptions:
 
     task: Task | None = None
     "What the network does. (default: guessed from its output)"
+    epoch: int | None = None
+    "Which epoch of an MXNet checkpoint. (default: the newest)"
     labels: str | None = None
     "A file of one label a line."
     classes: int | None = None
@@ -123,6 +143,8 @@ class CardOptions:
     "Resize the shorter side to so many pixels."
     exact: tuple[int, int] | None = None
     "Resize to this height and width."
+    letterbox: tuple[int, int] | None = None
+    "Resize to fit into this height and width, and centre it there, as YOLO networks want it."
     filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = None
     "Resize with this filter of Pillow's."
     crop: tuple[int, int] | None = None
@@ -141,6 +163,24 @@ class CardOptions:
     "Applied to the network's output."
     top_k: int | None = None
     "How many classes are kept."
+    format: DetectionFormat | None = None
+    "How a network of the task detection writes its boxes. (default: guessed from its output)"
+    score_threshold: float | None = None
+    "Detections with more than this score are kept."
+    iou_threshold: float | None = None
+    "Of two boxes of a class that overlap by more than this, the better one is kept."
+    max_detections: int | None = None
+    "How many detections of an image are kept, best first."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetHome:
+    """Where CIFAR-10 is downloaded from, where no archive is given."""
+
+    url: str = CIFAR10_URL
+    "Address of the archive."
+    sha256: str = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    "What the archive must be, in hex."
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +190,8 @@ class Source:
     root: str
     keys_are_uris: bool = False
     "The keys of a manifest are URIs or paths as they were written; only relative paths hang below `root`."
+    shards: ShardFormat | None = None
+    "The keys are `shard#member`, and the shards are of this format."
 
 
 class Assignment(NamedTuple):

@@ -13,12 +13,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from typing import Literal
 
 from infermill.engines.messages import Ask, Done, Raised, Said, Task
-from infermill.errors import InfermillError
+from infermill.errors import InfermillError, RuntimeDiedError
 from infermill.imports import leave_out_pandas
 from infermill.journal import Journal
 from infermill.meter import Meter
@@ -76,6 +77,23 @@ class _Log(logging.Handler):
         self._driver.send(Said(record.levelno, record.getMessage()))
 
 
+class _Watch:
+    """The journal's notes; where a runtime's process dies, so does this one, in the same way, and the note stays."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    @contextmanager
+    def __call__(self, stage: Literal["decode", "predict"], rows: Sequence[tuple[int, int]]) -> Iterator[None]:
+        with self._journal.note(stage, rows):
+            try:
+                yield
+            except RuntimeDiedError as error:
+                if error.status < 0:
+                    signal.raise_signal(-error.status)
+                os._exit(max(error.status, 1))
+
+
 def _die_with_driver() -> None:
     """Linux kills this process when the thread that started it ends; elsewhere, the end of the connection must do."""
     if sys.platform == "linux":
@@ -108,7 +126,7 @@ def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
             if task.suspects is None:
                 _run(driver, task.job, journal, network, meter)
             else:
-                try_each(task.job, task.suspects, meter, journal.note, network)
+                try_each(task.job, task.suspects, meter, _Watch(journal), network)
             driver.send(meter.drain())
             driver.send(Done())
     except BrokenPipeError:
@@ -127,7 +145,7 @@ def _run(driver: _Driver, job: Job, journal: Journal, network: LoadedNetwork, me
     telling = threading.Thread(target=tell, name="tell", daemon=True)
     telling.start()
     try:
-        for report in run_partitions(job, driver.assignments(), meter, journal.note, network):
+        for report in run_partitions(job, driver.assignments(), meter, _Watch(journal), network):
             driver.send(meter.drain())
             driver.send(report)
     finally:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from infermill.engines import Engine
 from infermill.engines.messages import Ask, Done, Raised, Said, Task
-from infermill.errors import InfermillError
+from infermill.errors import InfermillError, death_of
 from infermill.journal import Entry, Journal
 from infermill.meter import Counts, Meter
 from infermill.types import Assignment, Failure, FailureCode, Options, PartitionReport
@@ -195,7 +195,7 @@ class _Child:
             return _Death("timeout", "it took longer than --item-timeout", [self.killed_for])
         if code == -signal.SIGKILL:
             return _Death("oom", "the worker was killed (SIGKILL), as the system does where memory runs out", entries)
-        return _Death("native_crash", f"the worker died ({_reason(code)})", entries)
+        return _Death("native_crash", f"the worker died ({death_of(code)})", entries)
 
     def close(self) -> None:
         """Wait for the end of the process, and give back what belongs to it."""
@@ -204,12 +204,6 @@ class _Child:
             self._process.wait()
             self.connection.close()
             self.journal.close()
-
-
-def _reason(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
 
 
 def _overdue(entries: Iterable[Entry], item_timeout_seconds: float) -> list[Entry]:

@@ -1,24 +1,26 @@
 """A model as one file: `pack` writes it, `unpack` checks it and lays the model out in the cache.
 
     model.json        the card, the labels, and which of the files is the network
-    network/…         the ONNX file and its files with weights, under the names that it knows them by
+    network/…         the ONNX file and its files with weights, under the names that it knows them by; or the two
+                      files of an MXNet checkpoint, which is translated where it arrives
 
 It is a zip without compression (weights hardly shrink), and the same model always gives the same bytes.
 """
 
-import fcntl
 import json
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from infermill.errors import InfermillError, ModelError
 from infermill.models.card import digest_of, parse_card
-from infermill.models.model import Model, cache_folder
+from infermill.models.files import cache_errors, cache_folder, cache_lock
+from infermill.models.model import Model, digested_files
+from infermill.models.mxnet.checkpoint import Checkpoint, translated
 from infermill.models.onnx import external_files, read_network
 
 _INDEX = "model.json"
@@ -45,8 +47,13 @@ def pack(model: Model, path: Path) -> None:
         >>> pack(open_model("model.yaml", StoreOptions()), Path("model.zip"))  # doctest: +SKIP
     """
     network = model.network
-    files = {network.name: network, **external_files(read_network(network), network)}
-    index = {"card": model.card.model_dump(mode="json"), "labels": model.labels, "network": network.name}
+    index: dict[str, Any] = {"card": model.card.model_dump(mode="json"), "labels": model.labels}
+    if model.checkpoint is None:
+        index["network"] = network.name
+        files = {network.name: network, **external_files(read_network(network), network)}
+    else:
+        index["checkpoint"] = {role: path.name for role, path in model.checkpoint.files.items()}
+        files = {path.name: path for path in model.checkpoint.files.values()}
     private = path.with_name(f".{uuid.uuid4().hex}")
     try:
         with zipfile.ZipFile(private, "x") as archive:
@@ -101,36 +108,10 @@ def unpack(path: Path, digest: str) -> Model:
                 private.rename(folder)
         finally:
             shutil.rmtree(private, ignore_errors=True)
-    return replace(model, network=folder / model.network.relative_to(private))
-
-
-@contextmanager
-def cache_lock(name: str) -> Iterator[None]:
-    """Keep other processes of this machine from making the same thing in the cache at once.
-
-    Raises:
-        InfermillError: the cache folder cannot be written.
-    """
-    path = cache_folder() / "models" / f"{name}.lock"
-    with cache_errors():
-        path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        file = path.open("ab")
-    with file:
-        with cache_errors():
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def cache_errors() -> Iterator[None]:
-    """What cannot be written to the cache, in the words of a user."""
-    try:
-        yield
-    except OSError as error:
-        raise InfermillError(
-            f"the cache folder {cache_folder()} cannot be written: {error.strerror}",
-            "set XDG_CACHE_HOME to a folder that can be written, and has room",
-        ) from None
+    if model.checkpoint is None:
+        return replace(model, network=folder / model.network.relative_to(private))
+    moved = {role: folder / path.relative_to(private) for role, path in model.checkpoint.files.items()}
+    return replace(model, checkpoint=Checkpoint(**moved))
 
 
 def _extract(path: Path, folder: Path) -> None:
@@ -172,13 +153,17 @@ def _open(folder: Path, digest: str) -> Model:
     """The model in a folder, whose digest is computed from its files."""
     try:
         index = json.loads((folder / _INDEX).read_bytes())
-        labels, name = index["labels"], PurePosixPath(index["network"]).name
+        labels = None if index["labels"] is None else tuple(index["labels"])
+        names = {role: PurePosixPath(name).name for role, name in index.get("checkpoint", {}).items()}
+        files = {role: folder / _FOLDER / name for role, name in names.items()}
+        checkpoint = Checkpoint(**files) if files else None
+        network = folder / _FOLDER / PurePosixPath(index.get("network", "")).name
         card = parse_card(index["card"], f"the card in {folder}")
     except (OSError, *_DAMAGE) as error:
         raise _damaged(folder, error) from None
-    network = folder / _FOLDER / name
-    labels = None if labels is None else tuple(labels)
-    model = Model(card, network, labels, digest)
+    if checkpoint is not None:
+        network = translated(checkpoint, card.height_width)
+    model = Model(card, network, labels, digest, checkpoint=checkpoint)
     found = current_digest(model)
     if found != digest:
         raise ModelError(f"the packed model is another one: {found}, and not {digest}", "pack it again")
@@ -191,7 +176,7 @@ def current_digest(model: Model) -> str:
     Raises:
         ModelError: a file cannot be read.
     """
-    files = {"onnx": model.network, **external_files(read_network(model.network), model.network)}
+    files = digested_files(model.network, read_network(model.network), model.checkpoint)
     return digest_of(model.card, model.labels, files)
 
 

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml.constructor import ConstructorError
 
 from infermill.errors import ModelError
-from infermill.types import Task
+from infermill.types import DetectionFormat, Task
 
 Activation = Literal["softmax", "sigmoid", "none"]
 Color = Literal["RGB", "BGR"]
@@ -26,6 +26,9 @@ HeightWidth = tuple[Pixels, Pixels]
 PerChannel = tuple[float, float, float]
 
 
+DETECTION_FIELDS = {
+    "format", "names", "coordinates", "corners", "score_threshold", "iou_threshold", "max_detections",
+}  # fmt: skip
 MAX_CARD_BYTES = 1 << 20
 # PyYAML's own, and what it lets through where a scalar or a nesting is not what its tag or Python can take.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
@@ -54,9 +57,29 @@ class _Strict(BaseModel):
 
 
 class Files(_Strict):
-    """The files of the network, relative to the card, absolute, or URIs."""
+    """The files of the network, relative to the card, absolute, or URIs: ONNX, or an MXNet checkpoint."""
 
-    onnx: str = Field(description="The network as ONNX.")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["onnx"]}, {"required": ["symbol", "params"]}, {"required": ["archive"]}]
+        }
+    )
+
+    onnx: str | None = Field(default=None, description="The network as ONNX.")
+    symbol: str | None = Field(default=None, description="The graph of an MXNet checkpoint: PREFIX-symbol.json.")
+    params: str | None = Field(default=None, description="Its parameters: PREFIX-0000.params.")
+    archive: str | None = Field(default=None, description="An archive of MXNet Model Server: .mar or .model.")
+
+    @model_validator(mode="after")
+    def _one_network(self) -> "Files":
+        if {name for name, value in self if value is not None} not in ({"onnx"}, {"symbol", "params"}, {"archive"}):
+            raise ValueError("give `onnx`, or `symbol` and `params`, or `archive`")
+        return self
+
+    @property
+    def network(self) -> str:
+        """The file to name when something is wrong with the network."""
+        return self.onnx or self.symbol or self.archive or ""
 
 
 class Input(_Strict):
@@ -68,16 +91,20 @@ class Input(_Strict):
 
 
 class Resize(_Strict):
-    """How the image is resized, with Pillow's filters: `shorter` keeps the aspect ratio, `exact` does not."""
+    """How the image is resized, with Pillow's filters: `exact` does not keep the aspect ratio, the others do."""
 
     shorter: Pixels | None = Field(default=None, description="Length of the shorter side, in pixels.")
     exact: HeightWidth | None = Field(default=None, description="[height, width], in pixels.")
+    letterbox: HeightWidth | None = Field(
+        default=None, description="[height, width], in pixels, that the image is made to fit into, and centred in."
+    )
     filter: Filter = "bilinear"
+    fill: Annotated[int, Field(ge=0, le=255)] = Field(default=114, description="Grey of the border of a letterbox.")
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "Resize":
-        if (self.shorter is None) == (self.exact is None):
-            raise ValueError("give either `shorter` or `exact`")
+    def _one_of_three(self) -> "Resize":
+        if [self.shorter, self.exact, self.letterbox].count(None) != 2:
+            raise ValueError("give one of `shorter`, `exact` and `letterbox`")
         return self
 
 
@@ -103,12 +130,37 @@ class Preprocess(_Strict):
             raise ValueError("`std` must not be 0")
         return self
 
+    @model_validator(mode="after")
+    def _no_cropped_letterbox(self) -> "Preprocess":
+        if self.crop is not None and self.letterbox is not None:
+            raise ValueError("`resize.letterbox` leaves nothing to crop: remove `crop`")
+        return self
+
     @property
     def height_width(self) -> HeightWidth | None:
         """The size of the array that preprocessing makes; None where it depends on the image."""
         if self.crop is not None:
             return self.crop.center
-        return self.resize.exact if self.resize is not None else None
+        return self.resize.exact or self.resize.letterbox if self.resize is not None else None
+
+    @property
+    def letterbox(self) -> HeightWidth | None:
+        """The size of the letterbox, if there is one."""
+        return self.resize.letterbox if self.resize is not None else None
+
+    @property
+    def border(self) -> int:
+        """The grey around an image that is smaller than what preprocessing makes."""
+        return self.resize.fill if self.resize is not None and self.resize.letterbox is not None else 0
+
+
+class BoxOutputs(_Strict):
+    """The names of the outputs of a network that has boxes, labels and scores apart."""
+
+    boxes: str = "boxes"
+    labels: str = "labels"
+    scores: str = "scores"
+    count: str | None = Field(default=None, description="The output that says how many of them there are, if any does.")
 
 
 class Output(_Strict):
@@ -121,6 +173,26 @@ class Output(_Strict):
         default="none", description="Applied to the output: `none` where the network ends in it."
     )
     top_k: Annotated[int, Field(ge=1)] = 5
+    format: DetectionFormat | None = Field(
+        default=None, description="How a network of the task detection writes its boxes; required there."
+    )
+    names: BoxOutputs = Field(
+        default=BoxOutputs(), description="The outputs of the format boxes-labels-scores, in the place of `name`."
+    )
+    coordinates: Literal["pixels", "normalized"] | None = Field(
+        default=None,
+        description="Whether boxes are in pixels of the input or in 0..1; by default as the format has it.",
+    )
+    corners: Literal["xyxy", "yxyx"] = Field(
+        default="xyxy", description="Order of the corners' coordinates in the format boxes-labels-scores."
+    )
+    score_threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.25, description="Detections with more than this score are kept."
+    )
+    iou_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.45, description="Of two boxes of a class that overlap by more than this, the better one is kept."
+    )
+    max_detections: Annotated[int, Field(ge=1, le=1000)] = 100
 
 
 class ModelCard(_Strict):
@@ -144,6 +216,11 @@ class ModelCard(_Strict):
     classes: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="How many classes the network must have."
     )
+
+    @property
+    def height_width(self) -> HeightWidth | None:
+        """The size of the images that the network is given; None for tensors, and where it depends on the image."""
+        return None if self.preprocess is None else self.preprocess.height_width
 
 
 def parse_card(data: Any, where: str) -> ModelCard:
@@ -229,15 +306,26 @@ def card_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "infermill model card", **schema}
 
 
-def digest_of(card: ModelCard, labels: tuple[str, ...] | None, files: dict[str, Path]) -> str:
+def deciding_fields(card: ModelCard) -> dict[str, Any]:
+    """What of a card predictions depend on, as plain JSON types: all but its name, paths and labels."""
+    exclude: dict[str, Any] = dict.fromkeys(("name", "files", "labels", "classes"), True)
+    # What came with detection is left out where it says nothing: other cards keep the digest that they had before.
+    if card.task != "detection":
+        exclude["output"] = DETECTION_FIELDS
+    if card.preprocess is not None and card.preprocess.letterbox is None:
+        exclude["preprocess"] = {"resize": {"letterbox", "fill"}}
+    fields: dict[str, Any] = card.model_dump(mode="json", exclude=exclude)
+    return fields
+
+
+def digest_of(card: ModelCard, labels: tuple[str, ...] | None, files: Mapping[str, Path]) -> str:
     """`sha256:…` over everything that predictions depend on: the card less its name and paths, the labels and
     the bytes of `files` (name in the model -> local file).
 
     Raises:
         ModelError: a file cannot be read.
     """
-    content = card.model_dump(mode="json", exclude={"name", "files", "labels", "classes"})
-    digest = hashlib.sha256(json.dumps([content, labels], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([deciding_fields(card), labels], sort_keys=True).encode())
     for name, path in sorted(files.items()):
         try:
             with path.open("rb") as file:

@@ -30,10 +30,10 @@ from infermill.models.model import Model
 from infermill.models.onnx import (
     MAX_PROTOBUF_BYTES,
     Dim,
-    ExternalTensor,
     TensorInfo,
     describe,
     external_tensors,
+    load_weights,
     read_network,
 )
 
@@ -97,7 +97,7 @@ def executable(model: Model, max_bytes: int = MAX_PROTOBUF_BYTES) -> Iterator[Ex
     externals = external_tensors(network, model.network)
     # The size on disk: protobuf has to serialise a message to know its size.
     if model.network.stat().st_size + sum(external.length for external in externals) + _RESERVE_BYTES <= max_bytes:
-        _load(externals)
+        load_weights(externals)
         yield result(network.SerializeToString())
         return
     with tempfile.TemporaryDirectory(prefix="infermill-") as folder:
@@ -217,15 +217,6 @@ def _keep_outputs(graph: onnx.GraphProto, names: tuple[str, ...]) -> None:
     kept = [output for output in graph.output if output.name in names]
     del graph.output[:]
     graph.output.extend(kept)
-
-
-def _load(externals: tuple[ExternalTensor, ...]) -> None:
-    for external in externals:
-        with external.file.open("rb") as file:
-            file.seek(external.offset)
-            external.tensor.raw_data = file.read(external.length)
-        del external.tensor.external_data[:]
-        external.tensor.data_location = TensorProto.DEFAULT
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

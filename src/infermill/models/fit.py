@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Sequence
 
 from infermill.errors import ModelError
+from infermill.models.boxes import APART, check_boxes
 from infermill.models.card import IMAGE_DTYPES, TENSOR_DTYPES, ModelCard, Preprocess
-from infermill.models.onnx import Dim, NetworkInfo, TensorInfo, shown
+from infermill.models.onnx import FLOAT_DTYPES, Dim, NetworkInfo, TensorInfo, shown
 
-FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _NO_NUMBERS = "name another output in `output.name`; scikit-learn's are tensors with options={'zipmap': False}"
 _AS_TENSOR = "for a tensor that is given as it is, say `preprocess: null` in the card"
 _FIX_SHAPE = "fix it: python -m onnxruntime.tools.make_dynamic_shape_fixed --dim_param {} --dim_value LENGTH IN OUT"
@@ -101,7 +101,7 @@ def check_network(card: ModelCard, labels: tuple[str, ...] | None, info: Network
     Raises:
         ModelError: with the field of the card, and the tensor that it does not fit.
     """
-    network = card.files.onnx
+    network = card.files.network
     takes = tensor_input if card.preprocess is None else image_input
     source = takes(network, card.input.name, info)
     if source.dtype != card.input.dtype:
@@ -111,8 +111,12 @@ def check_network(card: ModelCard, labels: tuple[str, ...] | None, info: Network
         tensor_shape(source)
     else:
         _check_image(card, card.preprocess, source)
-    for tensor in chosen_outputs(card, info):
-        _check_output(card, labels, tensor)
+    outputs = chosen_outputs(card, info)
+    if card.task == "detection":
+        check_boxes(card, labels, outputs, (card.preprocess and card.preprocess.height_width) or (None, None))
+    else:
+        for tensor in outputs:
+            _check_output(card, labels, tensor)
     if info.opset < 7:
         hint = "convert it: onnx.version_converter.convert_version(model, 17)"
         raise ModelError(f"{network} is written in opset {info.opset}; runtimes execute 7 and later", hint)
@@ -123,7 +127,7 @@ def _check_image(card: ModelCard, preprocess: Preprocess, image: TensorInfo) -> 
     if isinstance(channels, int) and channels not in (1, 3):
         seen = layout_of(image.shape)
         hint = "images have 3 channels, or 1" if seen in (None, card.input.layout) else f"set `input.layout: {seen}`"
-        message = f"the input {image} of {card.files.onnx} has {channels} channels in layout {card.input.layout}"
+        message = f"the input {image} of {card.files.network} has {channels} channels in layout {card.input.layout}"
         raise ModelError(message, hint)
     _check_size(preprocess, image, size)
     _check_values(preprocess, image, grey=channels == 1)
@@ -137,6 +141,7 @@ def _check_size(preprocess: Preprocess, image: TensorInfo, size: Sequence[Dim]) 
         raise ModelError(f"preprocess makes no fixed size, and {image} needs one", hint)
     if list(made) != wanted:
         field = "crop.center" if preprocess.crop is not None else "resize.exact"
+        field = "resize.letterbox" if preprocess.letterbox is not None else field
         hint = f"set `preprocess.{field}: {wanted}`"
         raise ModelError(f"preprocess makes images of {list(made)}, and {image} takes {wanted}", hint)
 
@@ -154,17 +159,25 @@ def _check_values(preprocess: Preprocess, image: TensorInfo, *, grey: bool) -> N
 
 
 def chosen_outputs(card: ModelCard, info: NetworkInfo) -> tuple[TensorInfo, ...]:
-    """The outputs that predictions are made of: all of them for the task `raw`, unless one is named.
+    """The outputs that predictions are made of, in the network's order: one; or for the task `raw`, unless one is
+    named, all; or for a detection those of boxes, labels and scores.
 
     Raises:
         ModelError: the network has no output of that name.
     """
     names = [tensor.name for tensor in info.outputs]
+    if card.task == "detection" and card.output.format == APART:
+        wanted = {part: name for part, name in card.output.names if name is not None}
+        for part, name in wanted.items():
+            if name not in names:
+                hint = _nearest(name, names, f"output.names.{part}")
+                raise ModelError(f"{card.files.network} has no output `{name}`", hint)
+        return tuple(tensor for tensor in info.outputs if tensor.name in wanted.values())
     if card.output.name is None:
         return info.outputs if card.task == "raw" else info.outputs[:1]
     if card.output.name not in names:
         hint = _nearest(card.output.name, names, "output.name")
-        raise ModelError(f"{card.files.onnx} has no output `{card.output.name}`", hint)
+        raise ModelError(f"{card.files.network} has no output `{card.output.name}`", hint)
     return (info.outputs[names.index(card.output.name)],)
 
 

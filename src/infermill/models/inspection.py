@@ -7,8 +7,9 @@ from typing import Any
 
 from infermill.errors import ModelError, UsageError
 from infermill.models.card import ModelCard, write_card
+from infermill.models.files import beside
 from infermill.models.fit import check_network
-from infermill.models.model import beside, open_card, read_labels
+from infermill.models.model import open_card, read_labels
 from infermill.models.onnx import NetworkInfo
 from infermill.stores import Location
 from infermill.types import CardOptions, StoreOptions
@@ -37,19 +38,23 @@ def inspect_model(model: str, store: StoreOptions, card: CardOptions, write: Pat
         UsageError: the file to write is there already.
     """
     opened = open_card(model, store, card)
-    text = write_card(_beside_card(opened.card, opened.base, store, write))
+    text = write_card(card_beside(opened.card, opened.base, store, write))
     problem = None
     try:
         check_network(opened.card, None, opened.info)
     except ModelError as error:
         problem = f"{error.message}; {error.hint}"
     if write is not None:
-        _write_new(write, text)
+        write_new(write, text)
     return Inspection(opened.info, text, opened.assumptions, problem, write)
 
 
-def _beside_card(card: ModelCard, base: Location, store: StoreOptions, write: Path | None) -> ModelCard:
-    """The card with paths that hold where it is written, and labels from elsewhere as a list."""
+def card_beside(card: ModelCard, base: Location, store: StoreOptions, write: Path | None) -> ModelCard:
+    """The card with paths that hold where it is written, and labels from elsewhere as a list.
+
+    Raises:
+        ModelError: the labels cannot be read.
+    """
     folder = (write or Path("model.yaml")).absolute().parent
 
     def moved(name: str) -> str:
@@ -61,11 +66,16 @@ def _beside_card(card: ModelCard, base: Location, store: StoreOptions, write: Pa
     labels = moved(card.labels) if isinstance(card.labels, str) else card.labels
     if isinstance(labels, str) and ("://" in labels or labels.startswith("..")):
         labels = read_labels(card, base, store)  # a card may not name a file outside of its folder
-    files = card.files.model_copy(update={"onnx": moved(card.files.onnx)})
+    files = card.files.model_copy(update={role: moved(name) for role, name in card.files if name is not None})
     return card.model_copy(update={"files": files, "labels": labels})
 
 
-def _write_new(path: Path, text: str) -> None:
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet.
+
+    Raises:
+        UsageError: it is there, or cannot be written.
+    """
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -12,6 +12,7 @@ from infermill.errors import ModelError
 Dim = int | str | None
 MAX_PROTOBUF_BYTES = 2**31 - 1
 DTYPES = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()} | {1: "float32", 11: "float64"}
+FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Operators that pass values on as they are: what stands behind them tells more about the network.
 PASSIVE_OPS = ("Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout")
 
@@ -139,6 +140,20 @@ def external_tensors(model: onnx.ModelProto, path: Path) -> tuple[ExternalTensor
     return tuple(_located(tensor, path) for tensor in _tensors(model) if tensor.data_location == tensor.EXTERNAL)
 
 
+def load_weights(externals: tuple[ExternalTensor, ...]) -> None:
+    """Put weights from other files into their model.
+
+    Example:
+        >>> load_weights(external_tensors(network, path))  # doctest: +SKIP
+    """
+    for external in externals:
+        with external.file.open("rb") as file:
+            file.seek(external.offset)
+            external.tensor.raw_data = file.read(external.length)
+        del external.tensor.external_data[:]
+        external.tensor.data_location = external.tensor.DEFAULT
+
+
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a model, those in attributes, subgraphs and functions included."""
     pending: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
@@ -215,7 +230,7 @@ def describe(model: onnx.ModelProto, path: Path) -> NetworkInfo:
     inputs = [value for value in graph.input if value.name not in weights]
     outputs = graph.output
     if any(not all(isinstance(dim, int) for dim in (_shape(value) or (None, None))[1:]) for value in outputs):
-        outputs = _inferred(model).graph.output
+        outputs = inferred(model).graph.output
     return NetworkInfo(
         inputs=tuple(_tensor(value, _first_op(graph, value.name)) for value in inputs),
         outputs=tuple(_tensor(value, _last_op(graph, value.name)) for value in outputs),
@@ -227,7 +242,8 @@ def describe(model: onnx.ModelProto, path: Path) -> NetworkInfo:
     )
 
 
-def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the shapes that can be told of its tensors; as it is where nothing can."""
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):

@@ -20,6 +20,7 @@ Infer = Callable[[Batch], Sequence[NDArray[np.generic]]]
 MODULES: dict[RuntimeName, str] = {
     "openvino": "infermill.runtimes.openvino",
     "onnxruntime": "infermill.runtimes.onnxruntime",
+    "mxnet": "infermill.runtimes.mxnet",
 }
 SMALL_ROW_BYTES = 512
 SMALL_ROWS = 64
@@ -53,16 +54,18 @@ class Predictor:
         return self.run(batch)
 
 
-def load(model: Model, runtime: RuntimeName, threads: int) -> Predictor:
+def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = None) -> Predictor:
     """Load `model` into a runtime, and run it once.
 
     Args:
         model: the model, whose card is known to fit its network or not yet.
         runtime: the library; only this one is imported.
         threads: how many cores the network may use.
+        python: the one that has the library, where that is mxnet.
 
     Raises:
         ModelError: the network does not fit its card, or the runtime cannot execute it.
+        UsageError: there is no Python that has mxnet.
 
     Example:
         >>> predictor = load(model, "openvino", threads=2)  # doctest: +SKIP
@@ -70,14 +73,38 @@ def load(model: Model, runtime: RuntimeName, threads: int) -> Predictor:
         >>> logits.shape  # doctest: +SKIP
         (5, 1000)
     """
+    given = (python,) if runtime == "mxnet" else ()
     try:
-        predictor: Predictor = importlib.import_module(MODULES[runtime]).load(model, threads)
+        predictor: Predictor = importlib.import_module(MODULES[runtime]).load(model, threads, *given)
     except MemoryError as error:
         raise ModelError(
-            f"there is no memory to load {model.card.files.onnx} into {runtime}: {error}",
+            f"there is no memory to load {model.card.files.network} into {runtime}: {error}",
             "take fewer --threads or --workers, or a machine with more memory",
         ) from None
     return predictor
+
+
+def check_runtime(model: Model, runtime: RuntimeName, python: str | None, *, is_here: bool) -> None:
+    """Raise what `load` would say, as far as it is known before anything is loaded.
+
+    Args:
+        model: the model.
+        runtime: the library.
+        python: as for `load`.
+        is_here: it will be loaded on this machine.
+
+    Raises:
+        ModelError: the runtime does not execute networks of this kind.
+        UsageError: there is no Python that could have mxnet.
+
+    Example:
+        >>> check_runtime(model, "mxnet", "/opt/mxnet/bin/python", is_here=True)  # doctest: +SKIP
+    """
+    if runtime == "mxnet":
+        module = importlib.import_module(MODULES[runtime])
+        module.checkpoint_of(model)
+        if is_here:
+            module.find_python(python)
 
 
 def best_batch_size(graph: Executable, usual: int) -> int:
@@ -112,7 +139,7 @@ def warm_up(infer: Infer, graph: Executable, model: Model) -> None:
     Raises:
         ModelError: it has not.
     """
-    network = model.card.files.onnx
+    network = model.card.files.network
     batch_size = graph.fixed_batch or 2
     outputs = infer(np.zeros((batch_size, *graph.input_shape), graph.input_dtype))
     for name, array in zip(graph.output_names, outputs, strict=True):
@@ -139,6 +166,6 @@ def failed(model: Model, runtime: RuntimeName, reason: str) -> Exception:
 def refused(model: Model, runtime: RuntimeName, reason: str) -> ModelError:
     """The error of a runtime that cannot execute the network, in one line."""
     return ModelError(
-        f"{runtime} cannot execute {model.card.files.onnx}: {' '.join(reason.split())}",
+        f"{runtime} cannot execute {model.card.files.network}: {' '.join(reason.split())}",
         f"try --runtime {next(name for name in MODULES if name != runtime)}, or export the network again",
     )

@@ -81,7 +81,7 @@ class _Pool:
     def __call__(self, batch: Batch) -> Arrays:
         if batch.dtype == np.int64 and not _INT32.min <= batch.min() <= batch.max() <= _INT32.max:
             raise ModelError(
-                f"{self._model.card.files.onnx} is given an integer beyond 32 bits, which OpenVINO would cut off",
+                f"{self._model.card.files.network} is given an integer beyond 32 bits, which OpenVINO would cut off",
                 "run it with --runtime onnxruntime; what is finished stays",
             )
         request = self._requests.get()

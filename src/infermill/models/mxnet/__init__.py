@@ -1,0 +1,1 @@
+"""MXNet checkpoints: read without MXNet, and translated to ONNX."""

@@ -1,0 +1,184 @@
+"""Operators that look at several numbers at once: softmax, sums over axes, norms, products of matrices."""
+
+import numpy as np
+
+from infermill.models.mxnet.graph import Step, Tensor, Translate
+from infermill.models.mxnet.operators_layers import channels
+
+
+def softmax_output(step: Step) -> Tensor:
+    # With more than two dimensions MXNet means each input as a whole, and on a CPU it takes the last axis.
+    return step.add("Softmax", step.data, axis=1 if step.attributes.boolean("multi_output", False) else -1)
+
+
+def softmax_activation(step: Step) -> Tensor:
+    mode = step.attributes.choice("mode", ("instance", "channel"), "instance")
+    return step.add("Softmax", step.data, axis=1 if mode == "channel" else -1)
+
+
+def _softmax(op: str, *, negated: bool = False) -> Translate:
+    def translate(step: Step) -> Tensor:
+        if step.attributes.boolean("use_length", False):
+            raise step.refused("it has use_length")
+        data, temperature = step.data, step.attributes.optional_number("temperature")
+        if negated:
+            data = step.add("Neg", data)
+        if temperature is not None:
+            data = step.add("Div", data, step.number(temperature))
+        result = step.add(op, data, axis=step.axis(step.attributes.integer("axis", -1), data.rank))
+        dtype = step.attributes.choice("dtype", ("None", "float16", "float32", "float64"), "None")
+        return result if dtype == "None" else step.cast(result, dtype)
+
+    return translate
+
+
+def _axes(step: Step) -> list[int]:
+    rank = step.data.rank
+    if step.node.attrs.get("axis", "None") in ("None", "()"):
+        axes = list(range(rank))
+    else:
+        axes = [step.axis(axis, rank) for axis in step.attributes.integers("axis")]
+        if step.attributes.boolean("exclude", False):
+            axes = [axis for axis in range(rank) if axis not in axes]
+    return axes
+
+
+def _reduction(op: str) -> Translate:
+    def translate(step: Step) -> Tensor:
+        return _reduced(step, op, step.data)
+
+    return translate
+
+
+def _reduced(step: Step, op: str, data: Tensor) -> Tensor:
+    axes, keep = _axes(step), step.attributes.boolean("keepdims", False)
+    if not axes:
+        return data
+    result = step.add(op, data, step.integers(axes), keepdims=int(keep))
+    # A number by itself is an array of one in MXNet.
+    return result if result.rank else step.reshape(result, [1])
+
+
+def norm(step: Step) -> Tensor:
+    order = step.attributes.integer("ord", 2)
+    if order not in (1, 2):
+        raise step.refused(f"its ord is {order}")
+    return _reduced(step, f"ReduceL{order}", step.data)
+
+
+def argmax(step: Step) -> Tensor:
+    return _extreme(step, "ArgMax")
+
+
+def argmin(step: Step) -> Tensor:
+    return _extreme(step, "ArgMin")
+
+
+def _extreme(step: Step, op: str) -> Tensor:
+    axis = step.axis(step.attributes.integer("axis"), step.data.rank)
+    index = step.add(op, step.data, axis=axis, keepdims=int(step.attributes.boolean("keepdims", False)))
+    return step.cast(index, np.float32)
+
+
+def l2_normalization(step: Step) -> Tensor:
+    mode = step.attributes.choice("mode", ("instance", "channel", "spatial"), "instance")
+    data = step.data
+    axes = {"instance": range(1, data.rank), "channel": range(1, 2), "spatial": range(2, data.rank)}[mode]
+    squares = step.add("ReduceSumSquare", data, step.integers(list(axes)), keepdims=1)
+    return step.add("Div", data, _root(step, squares, step.attributes.number("eps", 1e-10)))
+
+
+def _root(step: Step, squares: Tensor, eps: float) -> Tensor:
+    return step.add("Sqrt", step.add("Add", squares, step.number(eps)))
+
+
+def local_response(step: Step) -> Tensor:
+    attributes = step.attributes
+    return step.add(
+        "LRN",
+        step.data,
+        alpha=attributes.number("alpha", 1e-4),
+        beta=attributes.number("beta", 0.75),
+        bias=attributes.number("knorm", 2.0),
+        size=attributes.integer("nsize"),
+    )
+
+
+def instance_norm(step: Step) -> Tensor:
+    count = channels(step, step.data)
+    scale, shift = step.parameter(1, (count,)), step.parameter(2, (count,))
+    eps = step.attributes.number("eps", 1e-3)
+    return step.add("InstanceNormalization", step.data, scale, shift, epsilon=eps)
+
+
+def layer_norm(step: Step) -> Tensor:
+    data = step.data
+    if step.attributes.boolean("output_mean_var", False):
+        raise step.refused("it has output_mean_var")
+    axis = step.axis(step.attributes.integer("axis", -1), data.rank)
+    length = step.lengths(data, [axis])[0]
+    along = [length if index == axis else 1 for index in range(data.rank)]
+    scale, shift = (step.reshape(step.parameter(index, (length,)), along) for index in (1, 2))
+    standard = _standardised(step, data, [axis], step.attributes.number("eps", 1e-5))
+    return step.add("Add", step.add("Mul", standard, scale), shift)
+
+
+def group_norm(step: Step) -> Tensor:
+    data, groups = step.data, step.attributes.integer("num_groups", 1)
+    if step.attributes.boolean("output_mean_var", False):
+        raise step.refused("it has output_mean_var")
+    # MXNet has one gamma and one beta for each group, not for each channel.
+    scale, shift = (step.reshape(step.parameter(index, (groups,)), [groups, 1]) for index in (1, 2))
+    grouped = step.reshape(data, [0, groups, -1])
+    standard = _standardised(step, grouped, [2], step.attributes.number("eps", 1e-5))
+    scaled = step.add("Add", step.add("Mul", standard, scale), shift)
+    return step.reshape(scaled, [0, *step.lengths(data, range(1, data.rank))])
+
+
+def _standardised(step: Step, data: Tensor, axes: list[int], eps: float) -> Tensor:
+    where = step.integers(axes)
+    centred = step.add("Sub", data, step.add("ReduceMean", data, where, keepdims=1))
+    variance = step.add("ReduceMean", step.add("Mul", centred, centred), where, keepdims=1)
+    return step.add("Div", centred, _root(step, variance, eps))
+
+
+def batch_dot(step: Step) -> Tensor:
+    operands = []
+    for index, name in enumerate(("transpose_a", "transpose_b")):
+        tensor = step.like_data(step.input(index))
+        if tensor.rank not in (2, 3):
+            raise step.refused(f"an input has {tensor.rank} dimensions")
+        if step.attributes.boolean(name, False):
+            tensor = step.add("Transpose", tensor, perm=[1, 0] if tensor.rank == 2 else [0, 2, 1])
+        operands.append(tensor)
+    return step.add("MatMul", *operands)
+
+
+def dot(step: Step) -> Tensor:
+    if step.data.rank != 2 or step.input(1).rank != 2:
+        raise step.refused("an input has not two dimensions")
+    return batch_dot(step)
+
+
+REDUCTIONS: dict[str, Translate] = {
+    **dict.fromkeys(("SoftmaxOutput", "Softmax"), softmax_output),
+    "SoftmaxActivation": softmax_activation,
+    "softmax": _softmax("Softmax"),
+    "log_softmax": _softmax("LogSoftmax"),
+    "softmin": _softmax("Softmax", negated=True),
+    "mean": _reduction("ReduceMean"),
+    "prod": _reduction("ReduceProd"),
+    **dict.fromkeys(("sum", "sum_axis"), _reduction("ReduceSum")),
+    **dict.fromkeys(("max", "max_axis"), _reduction("ReduceMax")),
+    **dict.fromkeys(("min", "min_axis"), _reduction("ReduceMin")),
+    "norm": norm,
+    "argmax": argmax,
+    "argmin": argmin,
+    "L2Normalization": l2_normalization,
+    "LRN": local_response,
+    "InstanceNorm": instance_norm,
+    "LayerNorm": layer_norm,
+    "GroupNorm": group_norm,
+    "batch_dot": batch_dot,
+    "dot": dot,
+}

@@ -1,0 +1,363 @@
+"""Checkpoints of MXNet as models: however they are named, wherever they are, and what is assumed of them."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import infermill
+from infermill.errors import ModelError, UsageError
+from infermill.models.bundle import current_digest, pack, unpack
+from infermill.models.card import Files, read_card
+from infermill.models.conversion import convert_model
+from infermill.models.inspection import inspect_model
+from infermill.models.model import Model, open_model
+from infermill.models.mxnet.families import family_of
+from infermill.models.mxnet.symbol import read_symbol
+from infermill.types import CardOptions, StoreOptions
+from tests.checkpoints import (
+    archive_files,
+    classifier_symbol,
+    node,
+    symbol_of,
+    write_archive,
+    write_checkpoint,
+    write_params,
+)
+from tests.networks import pictures, preprocess_of, tiny_classifier
+from tests.servers import Bucket
+
+NO_STORE = StoreOptions()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/infermill/models"
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "models")
+
+
+def opened(path: Path | str, **given: Any) -> Model:
+    return open_model(path, NO_STORE, CardOptions(**given))
+
+
+def write_network(folder: Path, nodes: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A checkpoint of these nodes, with random parameters; what is returned is the symbol."""
+    random = np.random.default_rng(0)
+    arrays = {f"arg:{name}": random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    write_params(folder / "net-0000.params", arrays)
+    path = folder / "net-symbol.json"
+    path.write_text(json.dumps(symbol_of(*nodes)))
+    return path
+
+
+# --- the ways to name one
+
+
+def test_every_way_to_name_a_checkpoint_is_one_model(prefix: Path, tmp_path: Path) -> None:
+    card = tmp_path / "models/model.yaml"
+    card.write_text("name: tiny\nfiles: {symbol: tiny-symbol.json, params: tiny-0000.params}\n")
+    other_name = tmp_path / "models/graph.json"
+    other_name.write_text(Path(f"{prefix}-symbol.json").read_text())
+    (tmp_path / "models/graph.params").write_bytes(Path(f"{prefix}-0000.params").read_bytes())
+    ways: list[Path | str] = [prefix, f"{prefix}-symbol.json", f"{prefix}-0000.params", other_name]
+    models = [opened(way) for way in ways]
+    assert len({model.digest for model in models}) == 1
+    assert [model.card.name for model in models] == ["tiny", "tiny", "tiny", "graph"]
+    assert models[0].checkpoint is not None
+    assert models[0].checkpoint.symbol == Path(f"{prefix}-symbol.json")
+    assert models[0].card.files == Files(symbol="tiny-symbol.json", params="tiny-0000.params")
+    fields = "preprocess: {resize: {shorter: 256}, crop: {center: [224, 224]}, mean: [123.68, 116.779, 103.939]}\n"
+    card.write_text(card.read_text() + "input: {name: data}\n" + fields)
+    assert opened(card).digest == models[0].digest
+
+
+def test_an_archive_is_the_same_model_as_its_files(tmp_path: Path, prefix: Path) -> None:
+    model = opened(write_archive(tmp_path / "tiny.mar", archive_files()))
+    assert model.labels == ("tabby, tabby cat", "Labrador retriever", "tench, Tinca tinca")
+    assert preprocess_of(model.card).height_width == (96, 96)
+    assert model.card.files == Files(archive="tiny.mar")
+    assert "images are made 96x96, as signature.json in the archive says" in model.assumptions
+    (tmp_path / "synset.txt").write_text("\n".join(model.labels))
+    same = opened(prefix, crop=(96, 96), shorter=110, labels=str(tmp_path / "synset.txt"))
+    assert same.digest == model.digest
+    (tmp_path / "card.yaml").write_text(
+        "name: tiny\nfiles: {archive: tiny.mar}\npreprocess: {resize: {exact: [9, 9]}}\n"
+    )
+    by_card = opened(tmp_path / "card.yaml")
+    assert by_card.checkpoint == model.checkpoint
+
+
+@pytest.mark.parametrize(("given", "epoch"), [(None, 12), (0, 0), (3, 3)])
+def test_the_epoch_is_the_newest_or_the_one_that_is_asked_for(given: int | None, epoch: int, tmp_path: Path) -> None:
+    prefix = write_checkpoint(tmp_path, epochs=(0, 3, 12))
+    write_checkpoint(tmp_path, "tiny-er", epochs=(20,))
+    model = opened(prefix, epoch=given)
+    assert model.checkpoint is not None
+    assert model.checkpoint.params.name == f"tiny-{epoch:04d}.params"
+    told = "the epoch is 12, the newest of 3 (--epoch takes another)" in model.assumptions
+    assert told == (given is None)
+
+
+def test_a_checkpoint_in_a_bucket_is_as_the_one_on_disk(bucket: Bucket, tmp_path: Path) -> None:
+    prefix = write_checkpoint(tmp_path, epochs=(0, 7))
+    for path in tmp_path.glob("tiny-*"):
+        bucket.put(f"m/{path.name}", path.read_bytes())
+    bucket.put("m/tiny-1/other", b"")
+    bucket.put("tiny.mar", write_archive(tmp_path / "tiny.mar", archive_files()).read_bytes())
+    digest = opened(prefix).digest
+    for name in ("tiny", "tiny-symbol.json", "tiny-0007.params"):
+        remote = open_model(f"{bucket.uri}/m/{name}", bucket.options)
+        assert remote.digest == digest
+    assert remote.checkpoint is not None
+    archive = open_model(f"{bucket.uri}/tiny.mar", bucket.options)
+    assert archive.digest == opened(tmp_path / "tiny.mar").digest
+    with pytest.raises(ModelError, match="neither a model card nor a network"):
+        open_model(f"{bucket.uri}/m/tin", bucket.options)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message", "hint"),
+    [
+        ("absent", {}, "neither a model card nor a network", "PREFIX-symbol.json"),
+        ("tiny", {"epoch": 5}, "has no epoch 5", "there are the epochs 0"),
+        ("tiny-0000.params", {"epoch": 5}, "is not epoch 5", "one of the two"),
+        ("alone-0000.params", {}, "there is no alone-symbol.json", "net.export(PREFIX)"),
+        ("bare-symbol.json", {}, "there is no bare-0000.params", "beside the symbol"),
+        ("tiny.mar", {"epoch": 0}, "is an archive", "leave --epoch out"),
+        ("gone.mar", {}, "gone.mar does not exist", "relative"),
+        ("broken-symbol.json", {}, "is no symbol of MXNet|no symbol of MXNet", "PREFIX-symbol.json"),
+    ],
+)
+def test_what_is_missing_is_told(
+    name: str, given: dict[str, Any], message: str, hint: str, prefix: Path, tmp_path: Path
+) -> None:
+    folder = prefix.parent
+    write_archive(folder / "tiny.mar", archive_files())
+    (folder / "alone-0000.params").touch()
+    (folder / "bare-symbol.json").write_text(json.dumps(classifier_symbol()))
+    (folder / "broken-symbol.json").write_text('{"nodes": 1, "heads": 2}')
+    (folder / "broken-0000.params").touch()
+    with pytest.raises(ModelError, match=message) as caught:
+        opened(folder / name, **given)
+    assert hint in caught.value.hint
+
+
+def test_an_operator_that_is_not_known_is_told_once(tmp_path: Path) -> None:
+    path = write_network(tmp_path, [node("null", "data"), node("Mystery", "what", [0])], {})
+    with pytest.raises(ModelError, match=r"net-symbol\.json"):
+        opened(path)
+
+
+# --- the translation
+
+
+def test_a_network_is_translated_once(prefix: Path, cache: Path) -> None:
+    first = opened(prefix)
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.onnx")}
+    assert opened(prefix) == first
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.onnx")} == kept
+    assert list(kept) == [first.network]
+    assert opened(prefix, exact=(64, 64)).network != first.network
+
+
+def test_other_parameters_are_another_model(prefix: Path) -> None:
+    before = opened(prefix)
+    write_checkpoint(prefix.parent, epochs=(1,))
+    after = opened(prefix)
+    assert (after.digest != before.digest, after.network != before.network) == (True, True)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_pictures_are_predicted(runtime: Any, prefix: Path) -> None:
+    given = CardOptions(exact=(64, 64), top_k=3)
+    predict = infermill.load_model(prefix, infermill.Options(runtime=runtime), given)
+    for row in predict(list(pictures(4, 64))):
+        assert row.top is not None
+        assert sum(one.score for one in row.top) == pytest.approx(1), "the network ends in its own softmax"
+
+
+def test_a_model_travels_as_its_checkpoint(prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(prefix, exact=(64, 64))
+    pack(model, tmp_path / "packed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    again = unpack(tmp_path / "packed", model.digest)
+    assert (again.card, again.digest, current_digest(again)) == (model.card, model.digest, model.digest)
+    assert again.checkpoint is not None
+    assert all(
+        path.is_file() and path.is_relative_to(tmp_path / "elsewhere") for path in again.checkpoint.files.values()
+    )
+    assert again.network.read_bytes() == model.network.read_bytes()
+    assert unpack(tmp_path / "packed", model.digest) == again
+
+
+# --- what is assumed
+
+
+CONVOLUTION = node("Convolution", "conv", [0, 1], kernel="(5, 5)", num_filter="2", no_bias="True")
+FLAT = node("FullyConnected", "fc", [2, 3], num_hidden="4", no_bias="True")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shapes", "expected"),
+    [
+        (
+            [
+                node("null", "data"),
+                node("null", "w"),
+                node("FullyConnected", "fc", [0, 1], num_hidden="4", no_bias="1"),
+            ],
+            {"w": (4, 6)},
+            ("batch", 6),
+        ),
+        (
+            [
+                node("null", "data"),
+                node("Flatten", "flat", [0]),
+                node("null", "w"),
+                node("FullyConnected", "fc", [1, 2], num_hidden="4", no_bias="True"),
+            ],
+            {"w": (4, 784)},
+            ("batch", 1, 28, 28),
+        ),
+        (
+            [node("null", "data"), node("null", "w"), CONVOLUTION, node("null", "v"), FLAT],
+            {"w": (2, 3, 5, 5), "v": (4, 2 * 28 * 28)},
+            ("batch", 3, 32, 32),
+        ),
+        (
+            [node("null", "data", __shape__="(0, 3, 48, 64)"), node("Activation", "relu", [0], act_type="relu")],
+            {},
+            ("batch", 3, 48, 64),
+        ),
+    ],
+)
+def test_the_shape_of_the_input_is_told_by_the_weights(
+    nodes: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    inspection = inspect_model(str(write_network(tmp_path, nodes, shapes)), NO_STORE, CardOptions(), None)
+    assert inspection.network.inputs[0].shape == expected
+
+
+def test_a_shape_that_nothing_tells_is_an_error(tmp_path: Path) -> None:
+    path = write_network(tmp_path, [node("null", "data"), node("Activation", "relu", [0], act_type="relu")], {})
+    with pytest.raises(ModelError, match="does not tell the shape of its input") as caught:
+        opened(path)
+    assert "shape=(0, 3, 224, 224)" in caught.value.hint
+
+
+RESNET = symbol_of(node("null", "data"), node("BatchNorm", "bn_data", [0]))
+GLUON = symbol_of(node("null", "data"), node("Activation", "resnetv10_relu0_fwd", [0]))
+GLUON_INCEPTION = symbol_of(node("null", "data"), node("Activation", "inception30_relu0_fwd", [0]))
+INCEPTION = symbol_of(node("null", "data"), node("Concat", "mixed_10_chconcat", [0]))
+SSD = symbol_of(node("null", "data"), node("_contrib_MultiBoxDetection", "detection", [0]))
+
+
+@pytest.mark.parametrize(
+    ("data", "side", "scale", "mean"),
+    [
+        (RESNET, 224, 1, (0, 0, 0)),
+        (GLUON, 224, 1 / 255, (0.485, 0.456, 0.406)),
+        (GLUON_INCEPTION, 299, 1 / 255, (0.485, 0.456, 0.406)),
+        (INCEPTION, 299, 1, (123.68, 116.779, 103.939)),
+        (SSD, 512, 1, (123, 117, 104)),
+        (classifier_symbol(), 224, 1, (123.68, 116.779, 103.939)),
+    ],
+)
+def test_the_family_says_how_pixels_become_numbers(
+    data: dict[str, Any], side: int, scale: float, mean: tuple[float, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    family = family_of(read_symbol(tmp_path / "x.json"))
+    assert (family.side, family.scale, family.mean) == (side, scale, mean)
+
+
+def test_an_option_is_no_assumption(prefix: Path) -> None:
+    guessed = "\n".join(opened(prefix).assumptions)
+    given = opened(prefix, crop=(96, 96), scale=0.5, mean=(0, 0, 0), std=(1, 1, 1), epoch=0)
+    assert "the size of images is 224x224, the first usual one that the network takes" in guessed
+    assert "those of MXNet's example/image-classification" in guessed
+    assert "the size of images" not in "\n".join(given.assumptions)
+    assert "those of" not in "\n".join(given.assumptions)
+    assert preprocess_of(given.card).scale == 0.5
+
+
+# --- inspect and convert
+
+
+def test_inspect_writes_a_card_that_names_the_files(prefix: Path, tmp_path: Path) -> None:
+    inspect_model(str(prefix), NO_STORE, CardOptions(), tmp_path / "model.yaml")
+    card = read_card(tmp_path / "model.yaml")
+    assert card.files == Files(symbol="models/tiny-symbol.json", params="models/tiny-0000.params")
+    assert opened(tmp_path / "model.yaml").digest == opened(prefix).digest
+
+
+def test_convert_writes_the_network_and_its_card(prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "synset.txt").write_text("cat\ndog\nowl\n")
+    given = CardOptions(labels=str(tmp_path / "synset.txt"), top_k=2)
+    done = convert_model(str(prefix), tmp_path / "out.onnx", NO_STORE, given)
+    assert (done.network, done.card) == (tmp_path / "out.onnx", tmp_path / "out.yaml")
+    onnx.checker.check_model(tmp_path / "out.onnx")
+    model = opened(tmp_path / "out.yaml")
+    assert (model.card.files, model.card.labels, model.labels) == (
+        Files(onnx="out.onnx"),
+        "synset.txt",
+        ("cat", "dog", "owl"),
+    )
+    picture = list(pictures(2, 224))
+    converted = infermill.load_model(tmp_path / "out.yaml")(picture)
+    direct = infermill.load_model(prefix, card_options=given)(picture)
+    assert converted == direct
+
+
+def is_there(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("before", "output", "message"),
+    [
+        (is_there("out.onnx"), "out.onnx", "out.onnx is there already"),
+        (is_there("out.yaml"), "out.onnx", "out.yaml is there already"),
+        (is_there("x"), "out", "does not end in .onnx"),
+        (is_there("x"), "no/folder/out.onnx", "No such file"),
+    ],
+)
+def test_convert_overwrites_nothing(
+    before: Callable[[Path], None], output: str, message: str, prefix: Path, tmp_path: Path
+) -> None:
+    before(tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.*")}
+    with pytest.raises(UsageError, match=message):
+        convert_model(str(prefix), tmp_path / output, NO_STORE, CardOptions())
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_onnx_is_not_converted_again(tmp_path: Path) -> None:
+    network = tiny_classifier(tmp_path / "tiny.onnx")
+    with pytest.raises(UsageError, match="is ONNX already"):
+        convert_model(str(network), tmp_path / "out.onnx", NO_STORE, CardOptions())
+
+
+def test_the_commands(prefix: Path, tmp_path: Path) -> None:
+    def infermill_command(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        command = ["infermill", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = infermill_command("convert", "models/tiny", "--epoch", "0", "-o", "tiny.onnx")
+    assert done.stdout.splitlines()[-2:] == ["tiny.onnx", "tiny.yaml"]
+    assert "assumed: " in done.stdout
+    inspected = infermill_command("inspect", "models/tiny-symbol.json", "--json")
+    assert json.loads(inspected.stdout)["network"]["inputs"][0]["shape"] == ["batch", 3, 224, 224]
+    again = infermill_command("convert", "models/tiny", "-o", "tiny.onnx")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "tiny.onnx is there already" in again.stderr

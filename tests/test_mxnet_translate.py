@@ -1,0 +1,311 @@
+"""The translation of MXNet's graphs: the numbers and the names are those of MXNet 1.9.1 itself."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import openvino as ov
+import pytest
+from numpy.typing import NDArray
+
+from infermill.errors import ModelError
+from infermill.models.mxnet.operators import OPERATORS
+from infermill.models.mxnet.params import Params, read_params
+from infermill.models.mxnet.symbol import Node, Symbol, read_symbol
+from infermill.models.mxnet.translate import translate
+
+# max |Δ| / max |MXNet's|, in fp32.
+TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-3
+ZOO = Path(__file__).with_name("mxnet_zoo.py")
+FAMILIES = (
+    *("resnet-18", "resnet-50", "resnet-50-v1", "alexnet", "vgg-11", "inception-bn", "mobilenet", "mobilenetv2"),
+    *("gluon-resnet18_v1", "gluon-resnet18_v2", "gluon-squeezenet1.0", "gluon-mobilenet1.0", "gluon-mobilenetv2_1.0"),
+    *("gluon-densenet121", "gluon-vgg11_bn"),
+)
+HEAVY = (
+    *("resnet-152", "inception-v3", "vgg-16-bn", "gluon-resnet34_v1", "gluon-resnet50_v1", "gluon-resnet101_v1"),
+    *("gluon-resnet50_v2", "gluon-resnet101_v2", "gluon-alexnet", "gluon-inceptionv3", "gluon-squeezenet1.1"),
+    *(
+        "gluon-densenet169",
+        "gluon-vgg11",
+        "gluon-vgg16_bn",
+        "gluon-vgg19",
+        "gluon-mobilenet0.25",
+        "gluon-mobilenetv2_0.5",
+    ),
+)
+Answers = dict[str, NDArray[Any]]
+Execute = Callable[[onnx.ModelProto, NDArray[Any]], list[NDArray[Any]]]
+
+
+def onnxruntime_answers(network: onnx.ModelProto, data: NDArray[Any]) -> list[NDArray[Any]]:
+    session = ort.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {network.graph.input[0].name: data}))
+
+
+def openvino_answers(network: onnx.ModelProto, data: NDArray[Any]) -> list[NDArray[Any]]:
+    core = ov.Core()
+    model = core.read_model(network.SerializeToString(), b"")
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return list(compiled(data).values())
+
+
+RUNTIMES: dict[str, Execute] = {"onnxruntime": onnxruntime_answers, "openvino": openvino_answers}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that is gone after the test, and not kept like `tmp_path`: networks are large."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def ask_mxnet(python: Path, folder: Path, name: str) -> list[str]:
+    """What `mxnet_zoo` has written: the names of the networks."""
+    subprocess.run([python, ZOO, folder, name], check=True, capture_output=True)
+    return sorted(file.stem for file in folder.glob("*.npz"))
+
+
+def translated(folder: Path, name: str) -> tuple[onnx.ModelProto, Symbol, Answers]:
+    """A network of the zoo, and MXNet's answers."""
+    symbol = read_symbol(folder / f"{name}-symbol.json")
+    with np.load(folder / f"{name}.npz") as file:
+        answers = dict(file)
+    network = translate(symbol, read_params(folder / f"{name}-0000.params"), answers["data"].shape[1:], name)
+    onnx.checker.check_model(network)
+    return network, symbol, answers
+
+
+def deviations(
+    network: onnx.ModelProto, answers: Answers, distance: Callable[..., float]
+) -> Iterator[tuple[str, float]]:
+    """max |Δ| / max |MXNet's|, of both runtimes and both batches."""
+    for runtime, execute in RUNTIMES.items():
+        for what, data in (("outputs", answers["data"]), ("single", answers["data"][:1])):
+            for index, output in enumerate(execute(network, data)):
+                wanted = answers[f"{what}{index}"]
+                assert output.shape == wanted.shape, (network.graph.name, runtime, what)
+                yield f"{runtime} {what}{index}", distance(output, wanted) / max(float(np.abs(wanted).max()), 1e-30)
+
+
+def largest(output: NDArray[Any], wanted: NDArray[Any]) -> float:
+    return float(np.abs(output.astype(np.float64) - wanted).max())
+
+
+def largest_of_rows(output: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Of sets of rows: softmax differs by a rounding between libraries, and so does the order of equal scores."""
+    apart = np.abs(output[:, :, None] - wanted[:, None]).max(-1)
+    return float(max(apart.min(1).max(), apart.min(2).max()))
+
+
+def names_are_mxnets(network: onnx.ModelProto, symbol: Symbol, answers: Answers) -> None:
+    made = {name for node in network.graph.node for name in node.output}
+    variables = {node.name for node in symbol.nodes if node.op == "null"}
+    hidden = {name for name in answers["names"] if name.endswith("_mask")}
+    assert set(answers["names"]) - variables - hidden <= made
+
+
+@pytest.mark.slow
+def test_every_way_to_use_an_operator_gives_what_mxnet_gives(mxnet_python: Path, folder: Path) -> None:
+    wrong: dict[str, float] = {}
+    used = set()
+    for name in ask_mxnet(mxnet_python, folder, "operators"):
+        network, symbol, answers = translated(folder, name)
+        names_are_mxnets(network, symbol, answers)
+        used |= {node.op for node in symbol.nodes}
+        half = any(node.attrs.get("dtype") == "float16" for node in symbol.nodes)
+        for what, deviation in deviations(network, answers, largest):
+            if not deviation < (HALF_TOLERANCE if half else TOLERANCE):
+                wrong[f"{name} {what}"] = deviation
+    assert not wrong
+    # What is left out are other names of what is used, and what `test_other_names` and the networks have.
+    assert len(used & set(OPERATORS)) > 110
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)])
+def test_networks_give_what_mxnet_gives(name: str, mxnet_python: Path, folder: Path) -> None:
+    assert ask_mxnet(mxnet_python, folder, name) == [name]
+    network, symbol, answers = translated(folder, name)
+    names_are_mxnets(network, symbol, answers)
+    assert answers["outputs0"].std(axis=0).max() > 1e-3 * np.abs(answers["outputs0"]).max()
+    found = dict(deviations(network, answers, largest))
+    assert max(found.values()) < TOLERANCE, found
+
+
+def test_ssd_gives_what_mxnet_gives(mxnet_python: Path, folder: Path) -> None:
+    (name,) = ask_mxnet(mxnet_python, folder, "ssd-vgg16")
+    network, symbol, answers = translated(folder, name)
+    names_are_mxnets(network, symbol, answers)
+    kept = answers["outputs0"][:, :, 0] >= 0
+    assert kept.sum(1).min() > 100 and not kept.all()
+    found = dict(deviations(network, answers, largest_of_rows))
+    assert max(found.values()) < TOLERANCE, found
+
+
+def chain(*operators: tuple[str, Mapping[str, str], tuple[str, ...]]) -> Symbol:
+    """Operators one after the other, called after themselves, each with variables as its further inputs."""
+    nodes, head = [Node("null", "data", {}, ())], 0
+    for op, attrs, variables in operators:
+        first = len(nodes)
+        nodes += [Node("null", f"{op.lower()}_{variable}", {}, ()) for variable in variables]
+        inputs = ((head, 0), *((first + index, 0) for index in range(len(variables))))
+        head = len(nodes)
+        nodes.append(Node(op, op.lower(), attrs, inputs))
+    return Symbol(tuple(nodes), ((head, 0),), (1, 9, 1))
+
+
+def parameters(**arrays: Any) -> Params:
+    return Params({name: np.asarray(value, np.float32) for name, value in arrays.items()}, {})
+
+
+def answer(symbol: Symbol, data: NDArray[Any], params: Params | None = None) -> NDArray[Any]:
+    network = translate(symbol, params or parameters(), data.shape[1:], "network")
+    onnx.checker.check_model(network)
+    return onnxruntime_answers(network, data)[0]
+
+
+def picture(*shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
+
+
+BATCH_NORM = ("BatchNorm", {"eps": "0"}, ("gamma", "beta", "moving_mean", "moving_var"))
+STATISTICS = {"batchnorm_beta": [1], "batchnorm_moving_mean": [2], "batchnorm_moving_var": [4]}
+
+
+def test_gamma_is_one_unless_the_symbol_says_otherwise() -> None:
+    params = parameters(batchnorm_gamma=[10], **STATISTICS)
+    data = np.array([[6]], np.float32)
+    assert answer(chain(BATCH_NORM), data, params) == pytest.approx(3)
+    free = ("BatchNorm", {"eps": "0", "fix_gamma": "False"}, BATCH_NORM[2])
+    assert answer(chain(free), data, params) == pytest.approx(21)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("_Plus", "elemwise_add"), ("_Minus", "elemwise_sub"), ("_mul", "elemwise_mul"), ("_div", "elemwise_div")],
+)
+def test_other_names_of_operators_with_two_inputs(alias: str, name: str) -> None:
+    data = picture(2, 3)
+    first, second = (
+        answer(chain((op, {}, ("other",))), data, parameters(**{f"{op.lower()}_other": np.arange(1, 4)}))
+        for op in (alias, name)
+    )
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(("alias", "name"), [("_PlusScalar", "_plus_scalar"), ("_RMinusScalar", "_rminus_scalar")])
+def test_other_names_of_operators_with_a_number(alias: str, name: str) -> None:
+    data = picture(2, 3)
+    first, second = (answer(chain((op, {"scalar": "1.5"}, ())), data) for op in (alias, name))
+    assert np.array_equal(first, second)
+
+
+def test_channels_may_be_last() -> None:
+    data, weight, bias = picture(2, 9, 8, 4), picture(6, 3, 3, 2), picture(6)
+    attrs = {"kernel": "(3, 3)", "num_filter": "6", "num_group": "2", "pad": "(1, 0)", "stride": "(2, 1)"}
+    first = ("Convolution", attrs, ("weight", "bias"))
+    last = ("Convolution", attrs | {"layout": "NHWC"}, ("weight", "bias"))
+    pool = {"kernel": "(2, 2)", "pool_type": "avg", "pad": "(1, 1)"}
+    turned = parameters(convolution_weight=weight.transpose(0, 3, 1, 2), convolution_bias=bias)
+    expected = answer(chain(first, ("Pooling", pool, ())), data.transpose(0, 3, 1, 2), turned)
+    given = parameters(convolution_weight=weight, convolution_bias=bias)
+    result = answer(chain(last, ("Pooling", pool | {"layout": "NHWC"}, ())), data, given)
+    assert result.transpose(0, 3, 1, 2) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_network_that_casts_to_float16_has_its_weights_in_float16() -> None:
+    layers = [("FullyConnected", {"num_hidden": "3"}, ("weight", "bias")), BATCH_NORM]
+    weights = {"fullyconnected_weight": picture(3, 4), "fullyconnected_bias": picture(3)}
+    params = parameters(**weights, **{f"batchnorm_{name}": [1, 1, 1] for name in BATCH_NORM[2]})
+    halves = Params({name: array.astype(np.float16) for name, array in params.arg.items()}, {})
+    half = chain(("Cast", {"dtype": "float16"}, ()), *layers)
+    network = translate(half, halves, (4,), "half")
+    types = {tensor.name: tensor.data_type for tensor in network.graph.initializer}
+    assert types["fullyconnected_weight/float16"] == onnx.TensorProto.FLOAT16
+    full = answer(chain(*layers), picture(5, 4), halves)
+    assert full.dtype == np.float32
+    for execute in RUNTIMES.values():
+        assert execute(network, picture(5, 4))[0] == pytest.approx(full, abs=0.02)
+
+
+def test_labels_and_spare_parameters_are_left_out() -> None:
+    symbol = chain(("SoftmaxOutput", {"grad_scale": "1"}, ("label",)))
+    network = translate(symbol, parameters(spare=[1]), (4,), "network")
+    assert [value.name for value in network.graph.input] == ["data"]
+    assert not network.graph.initializer
+    assert [value.name for value in network.graph.output] == ["softmaxoutput_output"]
+
+
+def test_two_operators_may_have_the_same_name() -> None:
+    data = Node("null", "data", {}, ())
+    nodes = (data, Node("exp", "same", {}, ((0, 0),)), Node("negative", "same", {}, ((1, 0),)))
+    result = answer(Symbol(nodes, ((2, 0),), (1, 9, 1)), picture(2, 3))
+    assert result == pytest.approx(-np.exp(picture(2, 3)))
+
+
+def test_integers_of_python_2_are_read() -> None:
+    symbol = chain(("Pooling", {"kernel": "(2L, 2L)", "stride": "[2L, 2L]", "pad": "()", "global_pool": "0"}, ()))
+    assert answer(symbol, picture(1, 1, 4, 4)).shape == (1, 1, 2, 2)
+
+
+CONVOLUTION = {"kernel": "(3, 3)", "num_filter": "2", "no_bias": "True"}
+
+
+@pytest.mark.parametrize(
+    ("symbol", "message"),
+    [
+        (chain(("Custom", {}, ())), "node `custom` (Custom): this operator has no translation to ONNX"),
+        (chain(("clip", {"a_min": "0"}, ())), "node `clip` (clip) lacks the attribute `a_max`"),
+        (chain(("clip", {"a_min": "0", "a_max": "nan"}, ())), "its attribute `a_max` is 'nan', and not a number"),
+        (
+            chain(("Flatten", {}, ()), ("Pooling", {"kernel": "2x2"}, ())),
+            "`kernel` is '2x2', and not a tuple of integers",
+        ),
+        (chain(("Activation", {"act_type": "swish"}, ())), "is 'swish', and not one of relu, sigmoid"),
+        (chain(("Dropout", {"mode": "always"}, ())), "its mode is `always`, whose answers are random"),
+        (chain(("Reshape", {"shape": "(2, 48)"}, ())), "fixes the length of the batch"),
+        (chain(("Reshape", {"shape": "(0, 7)"}, ())), "node `reshape` (Reshape)"),
+        (chain(("softmax", {"axis": "4"}, ())), "there is no axis 4 in 4 dimensions"),
+        (chain(("Pooling", {"kernel": "(1, 1)", "stride": "(2, 2)", "pooling_convention": "full"}, ())), "outside"),
+        (
+            chain(("Convolution", CONVOLUTION, ())),
+            "node `convolution` (Convolution) has 1 inputs, where input 2 is needed",
+        ),
+        (chain(("Convolution", CONVOLUTION, ("weight",))), "no array `convolution_weight`, which the symbol needs"),
+        (chain(("broadcast_add", {}, ("other",))), "does not fit its inputs"),
+    ],
+)
+def test_what_cannot_be_translated_is_told(symbol: Symbol, message: str) -> None:
+    params = parameters(broadcast_add_other=np.zeros((1, 5, 4, 4)))
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        translate(symbol, params, (3, 4, 4), "network")
+    assert caught.value.hint
+
+
+def test_weights_of_another_shape_are_told() -> None:
+    symbol = chain(("FullyConnected", {"num_hidden": "2"}, ("weight", "bias")))
+    params = parameters(fullyconnected_weight=np.zeros((2, 12)), fullyconnected_bias=np.zeros(2))
+    with pytest.raises(ModelError, match=re.escape("needs `fullyconnected_weight` as (2, 48), and it is (2, 12)")):
+        translate(symbol, params, (3, 4, 4), "network")
+
+
+def test_a_network_has_one_input() -> None:
+    nodes = (
+        Node("null", "left", {}, ()),
+        Node("null", "right", {}, ()),
+        Node("elemwise_add", "sum", {}, ((0, 0), (1, 0))),
+    )
+    symbol = Symbol(nodes, ((2, 0),), (1, 9, 1))
+    with pytest.raises(ModelError, match="2 variables without parameters: `left`, `right`"):
+        translate(symbol, parameters(), (3,), "network")
+    with pytest.raises(ModelError, match="no input"):
+        translate(symbol, parameters(left=[1], right=[1]), (3,), "network")
+    other = translate(symbol, parameters(right=[1, 2, 3]), (3,), "network")
+    assert other.graph.input[0].name == "left"
