@@ -1,0 +1,240 @@
+"""The same inputs through two runtimes: how far apart their answers are, and which layer is the first to differ."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infermill.bisection import Deviation, Layer, deviation, first_difference
+from infermill.errors import BadInputError, SourceError, UsageError
+from infermill.estimation import Sample
+from infermill.job import empty_source, tell_assumptions
+from infermill.meter import Meter
+from infermill.models.card import ModelCard
+from infermill.models.model import Model, open_model
+from infermill.pipeline import Stages
+from infermill.plan import cut
+from infermill.predictions import rows_for
+from infermill.runtimes import Arrays, Batch, Predictor
+from infermill.sources import list_source, rereadable
+from infermill.types import CardOptions, ObjectRef, Options, RuntimeName
+from infermill.worker import load_predictor, network_of, stages_of, suffixes_of
+
+INPUTS = 64
+_GRID = 16
+Row = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDifference:
+    """How far an output of the one runtime is from that of the other; `top1` is the part of inputs whose best class
+    is the same, for classification.
+    """
+
+    name: str
+    absolute: float
+    relative: float
+    top1: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What two runtimes say of the same inputs.
+
+    Where they differ, `layer` is the first that does. It is None where no layer differs by itself: the difference is
+    then gone when values between the layers are given out, for layers cannot be fused where they are.
+    """
+
+    runtime: RuntimeName
+    against: RuntimeName
+    inputs: int
+    skipped: int
+    "Objects of the source that cannot be decoded."
+    tolerance: float
+    outputs: tuple[OutputDifference, ...]
+    layer: Layer | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no output differs by more than the tolerance, as a part of its largest value."""
+        return all(output.relative <= self.tolerance for output in self.outputs)
+
+    def as_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON types; an infinite difference is null."""
+        return {"agrees": self.agrees, **_finite(asdict(self))}
+
+
+def check(
+    model: str | Path | ModelCard,
+    against: RuntimeName,
+    source: str | Path | None = None,
+    options: Options | None = None,
+    card_options: CardOptions | None = None,
+    tolerance: float = 1e-4,
+) -> Comparison:
+    """Run a network in `options.runtime` and in another runtime, and compare what they answer.
+
+    Args:
+        model: as `run`.
+        against: the runtime that is right.
+        source: what to run it on, as `run`: a sample of 64, or the first `options.limit`. Random inputs, the same at
+            every call, where it is None.
+        options: as `run`.
+        card_options: as `run`.
+        tolerance: the largest difference that is none, as a part of an output's largest value.
+
+    Raises:
+        UsageError: both runtimes are the same.
+        ModelError, SourceError, StoreError: as `run`.
+
+    Example:
+        >>> check("resnet-18-symbol.json", "mxnet", "photos/").agrees  # doctest: +SKIP
+        True
+    """
+    options = options or Options()
+    resolved = open_model(model, options, card_options or CardOptions())
+    tell_assumptions(resolved)
+    return compare(resolved, against, source, options, tolerance)
+
+
+def compare(
+    model: Model, against: RuntimeName, source: str | Path | None, options: Options, tolerance: float
+) -> Comparison:
+    """As `check`, for a model that has been opened.
+
+    Example:
+        >>> compare(model, "onnxruntime", None, Options(), 1e-4).inputs  # doctest: +SKIP
+        64
+    """
+    if against == options.runtime:
+        raise UsageError(f"{against} is compared with itself", "name another one with --runtime or --against")
+    if not 0 <= tolerance < 1:
+        raise UsageError(f"--tolerance {tolerance} is no part of 1", "leave it out for 1e-4")
+    other = replace(options, runtime=against)
+    predictors = _load(model, options), _load(model, other)
+    with _inputs(model, predictors[0], source, options) as inputs:
+        tallies = _Tallies(model, predictors[0].output_names)
+        while rows := list(islice(inputs.rows, predictors[0].batch_size)):
+            batch = np.stack(rows)
+            tallies.add(batch, predictors[0](batch), predictors[1](batch))
+    if tallies.worst is None:
+        raise SourceError(f"no object of {source} can be decoded", "infermill plan says why")
+    outputs = tallies.outputs()
+    layer = None
+    if any(output.relative > tolerance for output in outputs):
+        del predictors  # memory for those that are loaded next
+        loads = (lambda probe: _load(probe, options)), (lambda probe: _load(probe, other))
+        layer = first_difference(model, loads, tallies.worst, tolerance)
+    return Comparison(options.runtime, against, tallies.inputs, inputs.skipped, tolerance, outputs, layer)
+
+
+def _load(model: Model, options: Options) -> Predictor:
+    return load_predictor(model, options, Meter())[0]
+
+
+class _Tallies:
+    """What is known of each output, and the input whose answers are farthest apart."""
+
+    def __init__(self, model: Model, names: tuple[str, ...]) -> None:
+        self._is_classification = model.card.task == "classification"
+        self._deviations = dict.fromkeys(names, Deviation(0.0, 0.0))
+        self._same = dict.fromkeys(names, 0)
+        self._farthest = -1.0
+        self.inputs = 0
+        self.worst: Batch | None = None
+        "That input, as a batch of one."
+
+    def add(self, batch: Batch, found: Arrays, expected: Arrays) -> None:
+        self.inputs += len(batch)
+        for name, one, other in zip(self._deviations, found, expected, strict=True):
+            for row in range(len(batch)):
+                apart, before = deviation(one[row], other[row]), self._deviations[name]
+                if apart.relative > self._farthest:
+                    self._farthest, self.worst = apart.relative, batch[row : row + 1]
+                self._deviations[name] = Deviation(
+                    max(apart.absolute, before.absolute), max(apart.largest, before.largest)
+                )
+            if self._is_classification:
+                self._same[name] += int((_best(one) == _best(other)).sum())
+
+    def outputs(self) -> tuple[OutputDifference, ...]:
+        return tuple(
+            OutputDifference(
+                name,
+                apart.absolute,
+                apart.relative,
+                self._same[name] / self.inputs if self._is_classification else None,
+            )
+            for name, apart in self._deviations.items()
+        )
+
+
+def _best(scores: NDArray[np.generic]) -> NDArray[np.intp]:
+    return np.asarray(scores.reshape(len(scores), -1).argmax(axis=1))
+
+
+class _Inputs:
+    """Rows as the network takes them, made one by one; `skipped` counts what cannot be decoded."""
+
+    def __init__(self, rows: Iterator[Row | None]) -> None:
+        self.skipped = 0
+        self.rows = self._decoded(rows)
+
+    def _decoded(self, rows: Iterator[Row | None]) -> Iterator[Row]:
+        for row in rows:
+            if row is None:
+                self.skipped += 1
+            else:
+                yield row
+
+
+@contextmanager
+def _inputs(model: Model, predictor: Predictor, source: str | Path | None, options: Options) -> Iterator[_Inputs]:
+    if source is None:
+        yield _Inputs(_random_rows(predictor, options.limit or INPUTS))
+        return
+    sample = Sample(options.limit or INPUTS)
+    with rereadable(str(source)) as listed:
+        where, batches = list_source(listed, options.suffix, options, suffixes_of(model))
+        for table in cut(batches, options.partition_objects, options.partition_bytes, options.limit):
+            sample.add(table)
+        if not sample.refs:
+            raise empty_source(str(source))
+        stages = stages_of(where, model, options, lambda: network_of(predictor, rows_for(model, predictor)))
+        yield _Inputs(_decoded(ref, stages) for ref in sample.refs)
+
+
+def _decoded(ref: ObjectRef, stages: Stages) -> Row | None:
+    try:
+        row = stages.decode(stages.fetch(ref, lambda _: None))
+    except BadInputError:
+        return None
+    return row if row.dtype.names is None else row["pixels"]  # without the image's size, which no runtime needs
+
+
+def _random_rows(predictor: Predictor, count: int) -> Iterator[Row]:
+    """Pictures of coloured patches, which differ more from each other than noise does; or random tensors."""
+    random = np.random.default_rng(0)
+    shape, dtype = predictor.input_shape, np.dtype(predictor.input_dtype)
+    for _ in range(count):
+        if dtype == np.uint8 and len(shape) == 3:
+            grid = int(random.integers(1, _GRID + 1))
+            patches = random.integers(0, 256, (grid, grid, shape[2]), np.uint8)
+            yield patches[np.ix_(*(np.arange(length) * grid // length for length in shape[:2]))]
+        elif dtype.kind == "f":
+            yield random.standard_normal(shape).astype(dtype)
+        else:
+            yield random.integers(0, 2, shape).astype(dtype)  # what an index, a flag and a count may all be
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,256 @@
+"""Two runtimes are compared, and where they differ, the layer that is to blame is found."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+from PIL import Image
+
+from infermill.bisection import Deviation, deviation, first_difference
+from infermill.check import Comparison, OutputDifference, check, compare
+from infermill.errors import ModelError, SourceError, UsageError
+from infermill.models.model import Model, open_model
+from infermill.report import comparison_text
+from infermill.runtimes import Predictor, load
+from infermill.types import CardOptions, Options, StoreOptions
+from tests.mxnet_checkpoints import checkpoint_model
+from tests.networks import Network, pictures, tiny_classifier, tiny_raw, tiny_tabular
+
+COMMAND = [str(Path(sys.executable).with_name("infermill")), "check"]
+QUIET = Options(threads=2)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten pictures, and a file that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, picture in enumerate(pictures(10)):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    (folder / "bad.png").write_bytes(b"<html>")
+    return folder
+
+
+@pytest.fixture
+def with_mxnet(mxnet_python: Path) -> Options:
+    """Options that name MXNet's Python."""
+    return Options(runtime_python=str(mxnet_python), threads=2)
+
+
+# --- how far apart
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "absolute", "relative"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0, 0.0),
+        ([1.0, 2.5], [1.0, -2.0], 4.5, 2.25),
+        ([0.5, 0.0], [0.0, 0.0], 0.5, 0.5),
+        ([np.nan, np.inf], [np.nan, np.inf], 0.0, 0.0),
+        ([np.nan, 1.0], [2.0, 1.0], np.inf, np.inf),
+        ([np.inf, 1.0], [-np.inf, 1.0], np.inf, np.inf),
+        ([], [], 0.0, 0.0),
+        ([1.0], [1.0, 2.0], np.inf, np.inf),
+        ([3], [5], 2.0, 0.4),
+    ],
+)
+def test_deviations(found: list[float], expected: list[float], absolute: float, relative: float) -> None:
+    apart = deviation(np.array(found), np.array(expected))
+    assert (apart.absolute, apart.relative) == (absolute, relative)
+
+
+def test_small_integers_do_not_wrap_around() -> None:
+    assert deviation(np.array([250], np.uint8), np.array([5], np.uint8)) == Deviation(245.0, 5.0)
+
+
+# --- networks that agree
+
+
+def test_the_runtimes_agree_on_random_inputs(tmp_path: Path) -> None:
+    found = check(tiny_classifier(tmp_path / "tiny.onnx"), "onnxruntime", options=QUIET)
+    assert found.agrees
+    assert (found.inputs, found.skipped, found.layer) == (64, 0, None)
+    (output,) = found.outputs
+    assert (output.name, output.top1) == ("logits", 1.0)
+    assert output.relative < 1e-5
+    again = check(tiny_classifier(tmp_path / "tiny.onnx"), "openvino", options=replace(QUIET, runtime="onnxruntime"))
+    assert again.outputs[0].absolute == output.absolute, "the same inputs at every call"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "uint8"])
+def test_tensors_agree(tmp_path: Path, dtype: str) -> None:
+    path = tiny_tabular(tmp_path / "tabular.onnx", (6,), dtype=dtype)
+    assert check(path, "onnxruntime", options=QUIET).agrees
+
+
+def test_each_output_has_a_line(tmp_path: Path) -> None:
+    found = check(tiny_raw(tmp_path / "raw.onnx"), "onnxruntime", None, QUIET, CardOptions(task="raw"))
+    assert [(one.name, one.top1) for one in found.outputs] == [("boxes", None), ("kind", None)]
+    assert found.agrees
+
+
+def test_a_source_is_sampled_and_what_cannot_be_decoded_is_counted(tmp_path: Path, photos: Path) -> None:
+    path = tiny_classifier(tmp_path / "tiny.onnx")
+    found = check(path, "onnxruntime", photos, QUIET)
+    assert (found.inputs, found.skipped, found.agrees) == (10, 1, True)
+    assert check(path, "onnxruntime", photos, replace(QUIET, limit=3)).inputs == 3
+    with pytest.raises(SourceError, match=r"no object of .*bad\.png can be decoded"):
+        check(path, "onnxruntime", photos / "bad.png", QUIET)
+    with pytest.raises(SourceError, match="does not exist"):
+        check(path, "onnxruntime", photos / "nowhere", QUIET)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    path = tiny_classifier(tmp_path / "tiny.onnx")
+    with pytest.raises(UsageError, match="openvino is compared with itself"):
+        check(path, "openvino")
+    with pytest.raises(UsageError, match="--tolerance"):
+        check(path, "onnxruntime", tolerance=-1)
+    with pytest.raises(ModelError, match="no MXNet checkpoint"):
+        check(path, "mxnet")
+
+
+# --- networks that do not
+
+
+def perturbed(model: Model, path: Path, node: str, change: Callable[[NDArray[Any]], None]) -> Model:
+    """The model with another ONNX: the first weight of a node is changed."""
+    network = onnx.load_model(model.network)
+    weights = {tensor.name: tensor for tensor in network.graph.initializer}
+    (found,) = [one for one in network.graph.node if node in one.output]
+    name = next(name for name in found.input if name in weights)
+    values = onnx.numpy_helper.to_array(weights[name]).copy()
+    change(values)
+    weights[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+    onnx.save_model(network, path)
+    return replace(model, network=path)
+
+
+def spoil(values: NDArray[Any]) -> None:
+    values.flat[1] += 1
+
+
+@pytest.mark.parametrize(
+    ("node", "operator"),
+    [("conv0", "Convolution"), ("bn0", "BatchNorm"), ("conv1", "Convolution"), ("fc0", "FullyConnected")],
+)
+def test_the_layer_that_was_translated_wrongly_is_found(
+    small_checkpoints: Path, with_mxnet: Options, tmp_path: Path, node: str, operator: str
+) -> None:
+    model = checkpoint_model(small_checkpoints / "residual")
+    wrong = perturbed(model, tmp_path / "wrong.onnx", f"{node}_output", spoil)
+    found = compare(wrong, "mxnet", None, replace(with_mxnet, limit=8), 1e-4)
+    assert not found.agrees
+    assert found.layer is not None
+    assert (found.layer.node, found.layer.operator) == (node, operator)
+    assert found.layer.inside < 1e-4
+    assert found.layer.outside > 0.01
+
+
+def test_every_network_agrees_with_mxnet(small_checkpoints: Path, with_mxnet: Options) -> None:
+    for name in ("residual", "grey", "rows"):
+        found = compare(checkpoint_model(small_checkpoints / name), "mxnet", None, with_mxnet, 1e-4)
+        assert found.agrees, found
+
+
+def test_preprocessing_that_differs_is_found(small_checkpoints: Path, with_mxnet: Options, tmp_path: Path) -> None:
+    model = checkpoint_model(small_checkpoints / "residual")
+    network = onnx.load_model(model.network)
+    half = onnx.helper.make_tensor("half", onnx.TensorProto.FLOAT, [], [0.5])
+    network.graph.initializer.append(half)
+    first = network.graph.node[0]
+    first.input[0] = "halved"
+    network.graph.node.insert(0, onnx.helper.make_node("Mul", ["data", "half"], ["halved"], "halve"))
+    onnx.save_model(network, tmp_path / "halved.onnx")
+    found = compare(replace(model, network=tmp_path / "halved.onnx"), "mxnet", None, with_mxnet, 1e-4)
+    assert found.layer is not None
+    assert found.layer.node == "conv0", "what MXNet does not have is part of the layer behind it"
+
+
+def breaking(weight: str) -> Callable[[Model], Predictor]:
+    """A runtime that is wrong: it changes a weight of each network that it loads."""
+
+    def load_wrongly(model: Model) -> Predictor:
+        network = onnx.load_model(model.network)
+        for tensor in network.graph.initializer:
+            if tensor.name == weight:
+                values = onnx.numpy_helper.to_array(tensor).copy()
+                spoil(values)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, weight))
+        path = model.network.with_name("wrong.onnx")
+        onnx.save_model(network, path)
+        return load(replace(model, network=path), "onnxruntime", 1)
+
+    return load_wrongly
+
+
+@pytest.mark.parametrize(("size", "nodes", "wrong"), [(8, 150, 130), (1024, 6, 4), (8, 3, 0)])
+@pytest.mark.parametrize("external_data", [False, True])
+def test_the_layer_is_found_in_each_group(
+    tmp_path: Path, size: int, nodes: int, wrong: int, external_data: bool
+) -> None:
+    net = Network()
+    tip = "images"
+    for number in range(nodes):
+        tip = net.node("Add", tip, net.weight(np.full((1, 3, 1, 1), 0.5)), name=f"add{number}")
+    image, last = (helper.make_tensor_value_info(name, 1, ["N", 3, size, size]) for name in ("images", tip))
+    path = net.save(tmp_path / "tall.onnx", [image], [last], external_data=external_data)
+    model = open_model(path, StoreOptions(), CardOptions(task="raw"))
+    rows = pictures(1, size)
+    layer = first_difference(
+        model, (breaking(f"weight{wrong}"), lambda probe: load(probe, "onnxruntime", 1)), rows, 1e-4
+    )
+    assert layer is not None
+    assert (layer.node, layer.operator, layer.inside) == (f"add{wrong}", "Add", 0.0)
+    assert layer.outside == pytest.approx(1.0, rel=1e-3)
+
+
+def test_nothing_is_found_where_both_are_alike(tmp_path: Path) -> None:
+    model = open_model(tiny_classifier(tmp_path / "tiny.onnx"), StoreOptions())
+    alike = breaking("weight0")
+    assert first_difference(model, (alike, alike), pictures(1), 1e-4) is None
+
+
+def test_a_difference_that_no_layer_has_is_told() -> None:
+    outputs = (OutputDifference("logits", 0.5, 0.25, 0.75),)
+    found = comparison_text(Comparison("openvino", "onnxruntime", 4, 0, 1e-4, outputs, None))
+    assert "75.0%" in found
+    assert "differ by more than 0.0001 of the largest value, and no layer does by itself" in found
+    assert "Runtimes join layers" in found
+
+
+# --- the command
+
+
+def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_the_command_says_that_they_agree(tmp_path: Path, photos: Path) -> None:
+    path = tiny_classifier(tmp_path / "tiny.onnx")
+    done = run(photos, "-m", path, "--against", "onnxruntime")
+    assert done.returncode == 0, done.stderr
+    assert "openvino against onnxruntime: 10 inputs, 1 cannot be decoded" in done.stdout
+    assert "agree: no output differs by more than 0.0001" in done.stdout
+    done = run("-m", path, "--against", "openvino", "--runtime", "onnxruntime", "--json", "--limit", 5)
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["agrees"], told["inputs"], told["layer"]) == (0, True, 5, None)
+
+
+def test_the_command_names_the_layer(tmp_path: Path) -> None:
+    path = tiny_classifier(tmp_path / "tiny.onnx")
+    done = run("-m", path, "--against", "onnxruntime", "--tolerance", "0", "--limit", 4)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "differ by more than 0 of the largest value, first at " in done.stdout
+    told = json.loads(run("-m", path, "--against", "onnxruntime", "--tolerance", "0", "--limit", 4, "--json").stdout)
+    assert told["layer"]["outside"] > 0
+    assert run("-m", path, "--against", "openvino").returncode == 2
