@@ -63,7 +63,9 @@ class Changes:
 
     def revised(self) -> Iterator[tuple[int, pa.Table]]:
         """The rows to supersede, by partition: every row of each key that has changed."""
-        found = pa.concat_tables([LISTING_SCHEMA.empty_table(), *self._found]).combine_chunks()
+        if not self._found:
+            return
+        found = pa.concat_tables(self._found).combine_chunks()
         listed = _Versions.of(found)
         matches, is_found = _Index(listed.keys).find(self._known.keys)
         is_found[is_found] = listed.take(matches[is_found]).differ(self._known.take(is_found))
@@ -75,8 +77,10 @@ class Changes:
         for first, end in pairwise([*firsts, len(parts)]):
             part = parts[first]
             rows = pa.array(places[first:end] - (self._ends[part - 1] if part else 0), pa.int64())
-            columns = [rows, *(listed[name].slice(first, end - first) for name in REVISION_SCHEMA.names[1:])]
-            yield self._numbers[part], pa.table(columns, schema=REVISION_SCHEMA)
+            yield (
+                self._numbers[part],
+                listed.slice(first, end - first).add_column(0, REVISION_SCHEMA.field("row"), rows),
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +139,11 @@ def _digests(texts: "pa.Array[Any]") -> Digests:
 
 
 def failed_rows(place: Output, name: str, codes: Sequence[str]) -> pa.Table:
-    """The rows of a part that failed with one of the codes, in the columns of REVISION_SCHEMA."""
-    table = place.columns(name, ["key", "size", "etag", "error"])
+    """The rows of a part that failed with one of the codes: REVISION_SCHEMA, and the label where there is one."""
+    table = place.columns(name, ["key", "size", "etag", "label", "error"])
     wanted = pc.is_in(pc.struct_field(table["error"], "code"), value_set=pa.array(codes, pa.string()))
     rows = pa.array(np.flatnonzero(wanted.to_numpy()), pa.int64())
     table = table.take(rows)
     columns = [rows, table["key"], table["size"].fill_null(-1), table["etag"]]
-    return pa.table(columns, schema=REVISION_SCHEMA)
+    revised = pa.table(columns, schema=REVISION_SCHEMA)
+    return revised.append_column("label", table["label"]) if "label" in table.column_names else revised

@@ -2,14 +2,12 @@
 
 import errno
 import os
-import re
 import stat
 import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache, partial
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,6 +17,7 @@ from obstore.exceptions import PreconditionError
 from infermill.errors import BadInputError, StoreError
 from infermill.hosts import is_web
 from infermill.patience import is_passing, patiently
+from infermill.reader import open_file
 from infermill.stores import (
     STORE_ERRORS,
     Location,
@@ -30,6 +29,7 @@ from infermill.stores import (
     locate,
     open_s3_client,
     open_store,
+    place_of,
 )
 from infermill.types import ObjectRef, Source, StoreOptions
 from infermill.web import web_fetcher
@@ -56,7 +56,6 @@ _FAULTS = {
     errno.ENODEV,
     errno.EHOSTDOWN,
 }
-_ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 
 
 class Fetch(Protocol):
@@ -67,6 +66,8 @@ class Fetch(Protocol):
 
 def fetcher(source: Source, options: StoreOptions) -> Fetch:
     """A function that fetches objects; it blocks without the GIL, and is called from many threads at once.
+
+    A ref with an offset is that range of the object; no more than there is of it comes.
 
     It raises BadInputError where the object is missing, changed since it was listed, unreadable, or fails while
     others are read, and StoreError where the store is at fault.
@@ -90,16 +91,9 @@ def fetcher(source: Source, options: StoreOptions) -> Fetch:
             return _read_file(place.uri, ref, reserve, folder)
         with opening:
             bucket = bucket_of(place.scheme, place.container)
-        return bucket.get(place, ref.etag, reserve)
+        return bucket.get(place, ref, reserve)
 
     return fetch
-
-
-def place_of(key: str, source: Source, root: Location) -> Location:
-    if not source.keys_are_uris:
-        # Not `joined`: a key may begin with a slash, or end with one.
-        return Location(root.scheme, root.container, key if not root.is_local else f"{root.path}/{key}")
-    return locate(key) if "://" in key else locate(Path(source.root, key))
 
 
 class _Bucket:
@@ -115,13 +109,13 @@ class _Bucket:
         self._witness = ""
         self._denied = 0
 
-    def get(self, place: Location, etag: str | None, reserve: Reserve) -> _Content:
+    def get(self, place: Location, ref: ObjectRef, reserve: Reserve) -> _Content:
         """All that the store announced; a body that breaks off, or comes short, is asked for again."""
-        open_object = self._opener(place, etag)
+        open_object = self._opener(place, ref)
         try:
             with closing(patiently(open_object, place.uri, self._options)) as first:
                 # This may wait for a slow network, which no deadline includes.
-                _admit(first.size_bytes, reserve)
+                admit(first.size_bytes, reserve)
                 content = patiently(_reader(first, open_object), place.uri, self._options)
         except STORE_ERRORS as error:
             raise self._judge(error, place) from None
@@ -129,12 +123,12 @@ class _Bucket:
             self._witness = place.path
         return content
 
-    def _opener(self, place: Location, etag: str | None) -> "Callable[[], _Opened]":
+    def _opener(self, place: Location, ref: ObjectRef) -> "Callable[[], _Opened]":
         with self._opening:
             if is_nameable(place.path):
-                return partial(_open, self._open_store(self._options.store_deadline), place.path, etag)
+                return partial(_open, self._open_store(self._options.store_deadline), place.path, ref)
             bucket, client = self._open_client()
-        return partial(_open_exactly, client, bucket, place.path, etag)
+        return partial(_open_exactly, client, bucket, place.path, ref.etag)
 
     def _judge(self, error: Exception, place: Location) -> Exception:
         """What a failed get of an object means: its row, or the end of the job."""
@@ -196,10 +190,13 @@ def _reader(first: _Opened, open_again: Callable[[], _Opened]) -> Callable[[], _
     return read
 
 
-def _open(store: "ObjectStore", path: str, etag: str | None) -> _Opened:
-    wanted: GetOptions = {"if_match": etag} if etag else {}
+def _open(store: "ObjectStore", path: str, ref: ObjectRef) -> _Opened:
+    wanted: GetOptions = {"if_match": ref.etag} if ref.etag else {}
+    if ref.offset >= 0:
+        wanted["range"] = (ref.offset, ref.offset + ref.size)
     answer = store.get(path, options=wanted)
-    return _Opened(answer.meta["size"], answer.bytes)
+    begin, end = answer.range
+    return _Opened(end - begin, answer.bytes)
 
 
 def _open_exactly(client: Any, bucket: str, key: str, etag: str | None) -> _Opened:
@@ -222,9 +219,12 @@ def _read_file(path: str, ref: ObjectRef, reserve: Reserve, folder: Path | None)
                 raise BadInputError("fetch", "unreadable", "it is not a file")
             if ref.etag and etag_of(status) != ref.etag:
                 raise BadInputError("fetch", "changed", "it was overwritten after the source was listed")
-            _admit(status.st_size, reserve)
-            content = file.read()
-            if len(content) != status.st_size:
+            offset = max(ref.offset, 0)
+            size = status.st_size if ref.offset < 0 else max(min(ref.size, status.st_size - offset), 0)
+            admit(size, reserve)
+            file.seek(offset)
+            content = file.read(-1 if ref.offset < 0 else size)
+            if len(content) != size:
                 raise BadInputError("fetch", "changed", "it was cut short while it was read")
             return content
     except (FileNotFoundError, NotADirectoryError):
@@ -241,27 +241,8 @@ def _read_file(path: str, ref: ObjectRef, reserve: Reserve, folder: Path | None)
         raise BadInputError("fetch", "unreadable", error.strerror or str(error)) from None
 
 
-def _admit(size: int, reserve: Reserve) -> None:
+def admit(size: int, reserve: Reserve) -> None:
+    """Reserve room for so many bytes, if they are not too many for one input."""
     if size > MAX_OBJECT_BYTES:
         raise BadInputError("fetch", "too_large", f"{size} bytes, more than the limit of {MAX_OBJECT_BYTES}")
     reserve(size)
-
-
-def open_file(path: str, key: str) -> FileIO:
-    try:
-        return FileIO(path, opener=_open_at_once)
-    except FileNotFoundError:
-        raw = _ESCAPED_BYTE.sub(_unescaped, key)
-        if raw == key:
-            raise
-        return FileIO(path.removesuffix(key) + raw, opener=_open_at_once)
-
-
-def _unescaped(match: re.Match[str]) -> str:
-    """What `printable` wrote as `\\xNN`."""
-    byte = int(match[1], 16)
-    return chr(byte if byte < 0x80 else 0xDC00 + byte)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe that a manifest lists would block for ever

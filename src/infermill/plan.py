@@ -6,6 +6,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +56,7 @@ def cut(
     """Cut a listing into partitions; memory is that of one partition and one batch.
 
     Args:
-        batches: the columns key, size (-1: unknown) and etag.
+        batches: the columns key, size (-1: unknown) and etag; others go with them.
         max_objects: objects of a partition, at most; doubled every 1,000 partitions.
         max_bytes: bytes of a partition, at most (one larger object is a partition by itself); doubled likewise.
         limit: take only the first objects.
@@ -177,13 +178,15 @@ def partition_reader(plans: Sequence[PlanInfo], read: Callable[[str], bytes]) ->
             table = open_file(name).read_row_group(place % PARTITIONS_PER_FILE, use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise StoreError(f"the plan file {name} is damaged: {error}", "start anew with --overwrite") from None
-        return _refs(table)
+        return refs_of(table)
 
     return refs
 
 
-def _refs(table: pa.Table) -> list[ObjectRef]:
-    return [ObjectRef(*row) for row in zip(*(table[name].to_pylist() for name in ("key", "size", "etag")), strict=True)]
+def refs_of(table: pa.Table) -> list[ObjectRef]:
+    """The refs in the rows of a listing, a plan or a revision."""
+    names = [name for name in ("key", "size", "etag", "offset", "label") if name in table.column_names]
+    return [ObjectRef(*row) for row in zip(*(table[name].to_pylist() for name in names), strict=True)]
 
 
 class Revision:
@@ -200,13 +203,14 @@ class Revision:
 
     @staticmethod
     def write(revised: Iterable[tuple[int, pa.Table]]) -> bytes:
-        """The content for partitions and their rows, in the columns of REVISION_SCHEMA."""
+        """The content for partitions and their rows: REVISION_SCHEMA, and where they lie in shards, where and what."""
         numbers: list[int] = []
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, REVISION_SCHEMA, compression="zstd", write_statistics=False) as writer:
-            for number, table in revised:
-                if not table.num_rows:  # another driver has superseded them
-                    continue
+        tables = ((number, table) for number, table in revised if table.num_rows)  # or another driver was faster
+        first = next(tables, None)
+        schema = REVISION_SCHEMA if first is None else first[1].schema
+        with pq.ParquetWriter(sink, schema, compression="zstd", write_statistics=False) as writer:
+            for number, table in chain([first] if first else [], tables):
                 writer.write_table(table, row_group_size=table.num_rows)
                 numbers.append(number)
             writer.add_key_value_metadata({_REVISED_KEY.decode(): json.dumps(numbers)})
@@ -226,14 +230,14 @@ class Revision:
 
     def refs(self, partition: int) -> list[ObjectRef]:
         """What to predict of a partition."""
-        return _refs(self._read(partition, ["key", "size", "etag"]))
+        return refs_of(self._read(partition))
 
     def rows(self, partition: int) -> list[int]:
         """The rows of the part that these refs stand for, ascending."""
         rows: list[int] = self._read(partition, ["row"])["row"].to_pylist()
         return rows
 
-    def _read(self, partition: int, columns: list[str]) -> pa.Table:
+    def _read(self, partition: int, columns: list[str] | None = None) -> pa.Table:
         # Opened anew each time: many threads ask.
         file = pq.ParquetFile(pa.BufferReader(self._content), metadata=self._metadata)
         return file.read_row_group(self._groups[partition], columns, use_threads=False)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from infermill.fetch import open_file, place_of
+from infermill.errors import SourceError
 from infermill.hosts import is_web
 from infermill.patience import is_passing, patiently
+from infermill.reader import open_file
+from infermill.sources.shards import list_members
 from infermill.stores import (
     STORE_ERRORS,
     Location,
@@ -22,8 +24,9 @@ from infermill.stores import (
     locate,
     open_s3_client,
     open_store,
+    place_of,
 )
-from infermill.types import Source, StoreOptions
+from infermill.types import IN_NO_SHARD, Source, StoreOptions
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -37,9 +40,14 @@ UNKNOWN: Version = (-1, None)
 def refresher(source: Source, options: StoreOptions) -> Callable[[pa.Table], pa.Table]:
     """A function from rows with the columns key, size and etag to the same rows as their objects are now.
 
-    Objects that are gone keep what was known of them; of those that cannot be looked at, nothing is known.
+    Objects that are gone keep what was known of them; of those that cannot be looked at, nothing is known. Members
+    of shards get the columns offset and label.
     It raises StoreError where the store does not answer.
     """
+    return _member_refresher(source, options) if source.shards else _object_refresher(source, options)
+
+
+def _object_refresher(source: Source, options: StoreOptions) -> Callable[[pa.Table], pa.Table]:
     root = locate(source.root)
 
     @lru_cache(maxsize=64)
@@ -82,6 +90,32 @@ def refresher(source: Source, options: StoreOptions) -> Callable[[pa.Table], pa.
                 column, rows.field(name), pa.array([one[place] for one in now], rows.field(name).type)
             )
         return rows
+
+    return refreshed
+
+
+def _member_refresher(source: Source, options: StoreOptions) -> Callable[[pa.Table], pa.Table]:
+    @lru_cache(maxsize=2)  # the rows of a partition lie in one shard, or in neighbours
+    def listed(shard: str) -> tuple[pa.Table, dict[str, int]]:
+        batch = pa.record_batch({"key": [shard]})
+        try:
+            members = pa.Table.from_batches(list_members(source, [batch], ("",), options))
+        except (SourceError, ValueError):  # it is not there any more, or holds nothing
+            return pa.table({}), {}
+        names = members["key"].to_pylist()
+        return members, {names[row]: row for row in range(len(names) - 1, -1, -1)}
+
+    def look(row: dict[str, Any]) -> dict[str, Any]:
+        members, places = listed(row["key"].partition("#")[0])
+        place = places.get(row["key"])
+        if place is None:
+            return row | {"offset": IN_NO_SHARD}
+        now: dict[str, Any] = members.slice(place, 1).to_pylist()[0]
+        return row | now
+
+    def refreshed(rows: pa.Table) -> pa.Table:
+        schema = rows.schema.insert(rows.schema.get_field_index("label"), pa.field("offset", pa.int64()))
+        return pa.Table.from_pylist([look(row) for row in rows.to_pylist()], schema)
 
     return refreshed
 

@@ -1,6 +1,5 @@
 """Where a URI leads: an object store and a path in it, with errors that say what to do."""
 
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -14,13 +13,11 @@ from obstore.exceptions import BaseError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from infermill.errors import InfermillError, SourceError, StoreError, UsageError
-from infermill.types import StoreOptions
+from infermill.types import Source, StoreOptions
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from _typeshed import WriteableBuffer
-    from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 REMOTE_SCHEMES = {
@@ -122,6 +119,14 @@ def locate(uri: str | os.PathLike[str]) -> Location:
             "credentials do not belong in a URI: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a --profile",
         )
     return Location(scheme, f"{scheme}://{container}", path_inside)
+
+
+def place_of(key: str, source: Source, root: Location) -> Location:
+    """Where an object of a source is; `root` is where `source.root` leads."""
+    if not source.keys_are_uris:
+        # Not `joined`: a key may begin with a slash, or end with one.
+        return Location(root.scheme, root.container, key if not root.is_local else f"{root.path}/{key}")
+    return locate(key) if "://" in key else locate(Path(source.root, key))
 
 
 def _slash(text: str) -> str:
@@ -240,53 +245,6 @@ def _no_credentials(reason: str = "") -> StoreError:
         f"no AWS credentials were found{reason}",
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a --profile, or pass --anonymous",
     )
-
-
-class _ObjectReader(io.RawIOBase):
-    """An object as a seekable file that is read range by range, all of the same version."""
-
-    def __init__(self, store: "ObjectStore", path: str) -> None:
-        self._store = store
-        self._path = path
-        meta = store.head(path)
-        self._size, self._etag = meta["size"], meta["e_tag"]
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._size)
-        if end <= self._position:
-            return 0
-        options: GetOptions = {"range": (self._position, end)}
-        if self._etag is not None:
-            options["if_match"] = self._etag
-        data = memoryview(self._store.get(self._path, options=options).bytes())
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def open_reader(location: Location, store: "ObjectStore") -> io.BufferedReader:
-    """A file or object, for reading in pieces; `store` is the one that `open_store` gives for the location.
-
-    Reading raises PreconditionError when the object has been replaced since it was opened.
-    """
-    if location.is_local:
-        return Path(location.uri).open("rb")
-    return io.BufferedReader(_ObjectReader(store, location.path), 1 << 20)
 
 
 def etag_of(status: os.stat_result) -> str:

@@ -7,12 +7,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from infermill.errors import SourceError, StoreError, UsageError
 from infermill.sources import manifest, objects
+from infermill.sources.shards import ENDINGS, Shards, list_members, shards_of
 from infermill.stores import Location, endpoint_of, explain, locate, without_secrets
 from infermill.types import Source, StoreOptions
 
@@ -27,11 +29,15 @@ def list_source(
 ) -> tuple[Source, Iterator[pa.RecordBatch]]:
     """Say what `uri` is, and list it as a stream of Arrow batches with the columns key, size and etag.
 
+    Those of shards have the columns offset and label as well.
+
     Args:
         uri: a folder, file, glob, `file://`, `s3://`, `gs://` or `az://` prefix, glob or object, a manifest
-            (`.txt`, one URI a line, or `.parquet`). See `rereadable` for standard input.
+            (`.txt`, one URI a line, or `.parquet`), or shards (see `sources.shards`). See `rereadable` for
+            standard input.
         suffix: take only keys that end so, whatever their case; None is `default`, ("",) is everything.
-            Single objects, manifests and globs that name an extension are taken as they are when it is None.
+            Single objects, manifests and globs that name an extension are taken as they are when it is None. Of
+            tar shards, these are the suffixes of the files in them; records and CIFAR have none.
         options: how stores are reached.
         default: the suffixes to take where none are named.
 
@@ -45,6 +51,26 @@ def list_source(
         >>> sum(batch.num_rows for batch in batches)
         0
     """
+    shards = shards_of(uri)
+    if shards is None:
+        return _list_objects(uri, suffix, options, default)
+    if suffix is not None and shards.format != "tar":
+        raise UsageError(f"--suffix takes nothing of {uri}: its members have no file names", "leave --suffix out")
+    return _list_shards(shards, _suffixes(default if suffix is None else suffix), options)
+
+
+def _list_shards(
+    shards: Shards, suffixes: tuple[str, ...], options: StoreOptions
+) -> tuple[Source, Iterator[pa.RecordBatch]]:
+    endings = tuple(ending for ending, name in ENDINGS.items() if name == shards.format)
+    source, found = _list_objects(shards.uri, None, options, endings or ("",))
+    source = replace(source, shards=shards.format)
+    return source, list_members(source, shards.among(found), suffixes, options, shards.split)
+
+
+def _list_objects(
+    uri: str, suffix: tuple[str, ...] | None, options: StoreOptions, default: tuple[str, ...]
+) -> tuple[Source, Iterator[pa.RecordBatch]]:
     location = locate(uri)
     suffixes = _suffixes(default if suffix is None else suffix)
     if _is_glob(location, options):
@@ -68,6 +94,14 @@ def canonical(uri: str, options: StoreOptions) -> str:
     Raises:
         SourceError, StoreError: a manifest cannot be read.
     """
+    shards = shards_of(uri)
+    if shards is not None:
+        split = "" if shards.split == "all" else f"?split={shards.split}"
+        return f"{shards.format}:{_canonical(shards.uri, options)}{split}"
+    return _canonical(uri, options)
+
+
+def _canonical(uri: str, options: StoreOptions) -> str:
     location = locate(uri)
     is_manifest = location.path.lower().endswith(MANIFEST_SUFFIXES) and not _is_glob(location, options)
     if is_manifest and not _is_folder(location):

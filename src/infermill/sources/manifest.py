@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from infermill.errors import SourceError, UsageError
 from infermill.hosts import AllowList, check_urls, is_web
+from infermill.reader import open_reader
 from infermill.sources.objects import BATCH_ROWS, LISTING_SCHEMA
-from infermill.stores import STORE_ERRORS, Location, explain, locate, open_reader, open_store
+from infermill.stores import STORE_ERRORS, Location, explain, locate, open_store
 from infermill.types import Source, StoreOptions
 
 KEY_COLUMNS = ("uri", "url", "key", "path")
@@ -34,14 +35,14 @@ def from_file(location: Location, options: StoreOptions) -> tuple[Source, Iterat
 def digest(location: Location, options: StoreOptions) -> str:
     """The sha256 of a manifest's content, in hex."""
     try:
-        with open_reader(location, open_store(location, options)) as reader:
+        with open_reader(location, open_store(location, options), options) as reader:
             return hashlib.file_digest(reader, "sha256").hexdigest()
     except STORE_ERRORS as error:
         raise explain(error, location.uri) from None
 
 
 def _batches(location: Location, options: StoreOptions) -> Generator[pa.RecordBatch]:
-    with open_reader(location, open_store(location, options)) as reader:
+    with open_reader(location, open_store(location, options), options) as reader:
         if location.path.lower().endswith(".parquet"):
             yield from _rows(reader, location.uri)
         else:

@@ -36,7 +36,7 @@ _COLUMNS: dict[str, pa.DataType] = {"key": pa.string(), "size": pa.int64(), "eta
 LISTING_SCHEMA = pa.schema(_COLUMNS)
 BATCH_ROWS = 16_384
 # A path segment that starts with a dot, `.` and `..` apart: in a bucket these are names like any other.
-_HIDDEN = r"\.(?:[^./]|\.[^/])"
+HIDDEN = r"\.(?:[^./]|\.[^/])"
 _WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?|\[(?:![^/]|[^!/])[^]/]*\])")
 _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 _OBSTORE_NAMES = ("path", "size", "e_tag")
@@ -66,7 +66,8 @@ def single_object(location: Location, options: StoreOptions) -> tuple[Source, It
     """One object, whatever its suffix, or None where there is none of that name."""
     if is_nameable(location.path):
         try:
-            meta = open_store(location, options).head(location.path)
+            store = open_store(location, options)
+            meta = patiently(lambda: store.head(location.path), location.uri, options)
         except FileNotFoundError:
             return None
         except STORE_ERRORS as error:
@@ -243,7 +244,7 @@ def _filtered(batch: pa.RecordBatch, prefix: str, suffixes: tuple[str, ...], glo
     keys = batch["key"]
     start = f"(?s)^{_escaped(prefix)}"
     keep = pc.starts_with(keys, prefix)
-    keep = pc.and_(keep, pc.invert(pc.match_substring_regex(keys, f"{start}(?:.*/)?{_HIDDEN}")))
+    keep = pc.and_(keep, pc.invert(pc.match_substring_regex(keys, f"{start}(?:.*/)?{HIDDEN}")))
     lowered = pc.utf8_lower(keys)
     endings = [pc.ends_with(lowered, suffix) for suffix in suffixes]
     keep = pc.and_(keep, functools.reduce(pc.or_, endings))
