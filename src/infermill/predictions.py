@@ -1,22 +1,30 @@
 """The tasks: what a network's arrays mean, and the column that they become.
 
-Each task has the same two verbs and no ancestor: `finish` turns the arrays of a batch into arrays that are kept
-per row, with a mask of the rows that are finite; `columns` turns the kept rows of a partition into Arrow.
+Each task has the same two verbs and no ancestor: `finish` turns what `infer` answers to a batch into arrays that are
+kept per row, with a mask of the rows that are finite; `columns` turns the kept rows of a partition into Arrow.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from infermill.detection import Detector
 from infermill.errors import ModelError
+from infermill.models.card import Preprocess
+from infermill.models.geometry import in_image, sized_type
 from infermill.models.model import Model
 from infermill.runtimes import Predictor
 
 Arrays = tuple[NDArray[np.generic], ...]
 TOP_TYPE = pa.list_(pa.struct([("index", pa.int32()), ("label", pa.string()), ("score", pa.float32())]))
+
+BOX_TYPE = pa.struct([(side, pa.float32()) for side in ("xmin", "ymin", "xmax", "ymax")])
+DETECTIONS_TYPE = pa.list_(
+    pa.struct([("label", pa.string()), ("index", pa.int32()), ("score", pa.float32()), ("box", BOX_TYPE)])
+)
 
 
 class Classification:
@@ -103,17 +111,96 @@ class Raw:
         return {"outputs": pa.StructArray.from_arrays(arrays, fields=list(self._type), mask=pa.array(~predicted))}
 
 
-TaskRows = Classification | Embedding | Raw
+class Detection:
+    """`detections`: the boxes that are found, best first, in pixels of the upright image and within it."""
+
+    def __init__(self, model: Model, preprocess: Preprocess, predictor: Predictor) -> None:
+        self._preprocess = preprocess
+        self._max_count = model.card.output.max_detections
+        self._labels = pa.array(model.labels or (), pa.string())
+        height, width, _ = predictor.input_shape
+        self._detector = Detector(model.card.output, predictor.output_names, (height, width))
+
+    def finish(self, outputs: Arrays) -> tuple[Arrays, NDArray[np.bool_]]:
+        *arrays, sizes = outputs
+        self._detector.check(arrays)
+        rows, count = len(sizes), self._max_count
+        finite = np.ones(rows, np.bool_)
+        index, score = np.full((rows, count), -1, np.int32), np.zeros((rows, count), np.float32)
+        box, found = np.zeros((rows, count, 4), np.float32), np.zeros(rows, np.int32)
+        for row, (width, height) in enumerate(sizes.tolist()):
+            candidates = self._detector.candidates([array[row] for array in arrays])
+            if candidates is None:
+                finite[row] = False
+                continue
+            placed = in_image(candidates.boxes, width, height, self._preprocess)
+            # A border is no part of the image, and what lies in it is nothing.
+            inside = np.flatnonzero((placed[:, 2:] > placed[:, :2]).all(axis=1))
+            best = inside[self._detector.best(candidates.only(inside))]
+            found[row] = length = len(best)
+            index[row, :length], score[row, :length] = candidates.classes[best], candidates.scores[best]
+            box[row, :length] = placed[best]
+        return (index, score, box, found), finite
+
+    def columns(self, kept: Arrays | None, predicted: NDArray[np.bool_]) -> dict[str, pa.Array]:
+        if kept is None:
+            return {"detections": pa.nulls(len(predicted), DETECTIONS_TYPE)}
+        index, score, box, found = (cast(NDArray[Any], array)[predicted] for array in kept)
+        is_taken = np.arange(index.shape[1]) < found[:, None]
+        indices = index[is_taken]
+        labels = self._labels.take(pa.array(indices, mask=indices >= len(self._labels)))
+        sides = [pa.array(side, pa.float32()) for side in box[is_taken].T]
+        values = pa.StructArray.from_arrays(
+            [
+                labels,
+                pa.array(indices),
+                pa.array(score[is_taken]),
+                pa.StructArray.from_arrays(sides, fields=list(BOX_TYPE)),
+            ],
+            fields=list(DETECTIONS_TYPE.value_type),
+        )
+        lengths = np.zeros(len(predicted), np.int32)
+        lengths[predicted] = found
+        return {"detections": _lists(DETECTIONS_TYPE, values, predicted, lengths)}
+
+
+TaskRows = Classification | Embedding | Raw | Detection
 
 
 def rows_for(model: Model, predictor: Predictor) -> TaskRows:
     """The rows of the model's task; one blank input is predicted to learn the shapes of the outputs."""
     if model.card.task == "classification":
         return Classification(model)
-    example = predictor(np.zeros((1, *predictor.input_shape), predictor.input_dtype))
+    if model.card.task == "detection" and model.card.preprocess is not None:
+        detection = Detection(model, model.card.preprocess, predictor)
+        detection.finish(infer(predictor, blank(model, predictor)))
+        return detection
+    example = predictor(blank(model, predictor))
     if model.card.task == "embedding":
         return Embedding(int(np.prod(example[0].shape[1:])), model.card.output.activation)
     return Raw(predictor.output_names, example)
+
+
+def needs_sizes(model: Model) -> bool:
+    """Whether the task needs the size of each image: rows are then records of `sized_type`."""
+    return model.card.task == "detection"
+
+
+def blank(model: Model, predictor: Predictor) -> NDArray[np.generic]:
+    """A batch of one row of zeros; where it has a size, that of one pixel."""
+    if needs_sizes(model):
+        rows: NDArray[np.void] = np.zeros(1, sized_type(predictor.input_shape))
+        rows["size"] = 1
+        return rows
+    return np.zeros((1, *predictor.input_shape), predictor.input_dtype)
+
+
+def infer(predictor: Predictor, batch: NDArray[np.generic]) -> Arrays:
+    """The outputs for a batch of rows, and as one more the sizes of the images, where the rows have them."""
+    if batch.dtype.names is None:
+        return predictor(batch)
+    rows = cast(NDArray[np.void], batch)
+    return (*predictor(rows["pixels"]), rows["size"])
 
 
 def activate(values: NDArray[np.float32], activation: str) -> NDArray[np.float32]:
@@ -130,7 +217,9 @@ def _finite_rows(array: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
 
 
-def _lists(kind: pa.DataType, values: pa.Array, present: NDArray[np.bool_], length: int) -> pa.Array:
+def _lists(
+    kind: pa.DataType, values: pa.Array, present: NDArray[np.bool_], lengths: int | NDArray[np.int32]
+) -> pa.Array:
     offsets = np.zeros(len(present) + 1, np.int32)
-    np.cumsum(present * length, out=offsets[1:])
+    np.cumsum(present * lengths, out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=pa.array(~present))

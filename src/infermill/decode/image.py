@@ -38,7 +38,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from infermill.decode.resize import Picture, Pixels, check_pixels, divisor_of, fit
+from infermill.decode.resize import Picture, check_pixels, divisor_of, fit, with_size
 from infermill.errors import BadInputError
 from infermill.models.card import Preprocess
 from infermill.types import MAX_PIXELS, DecodeProfile, FailureCode
@@ -46,7 +46,9 @@ from infermill.types import MAX_PIXELS, DecodeProfile, FailureCode
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-Decode = Callable[["ReadableBuffer"], Pixels]
+Row = NDArray[Any]
+"Pixels [height, width, 3], or where sizes are asked for, a record of them and the size of the upright image."
+Decode = Callable[["ReadableBuffer"], Row]
 
 _JPEG = b"\xff\xd8\xff"
 # Classes, because Image.open warns from half of its limit on.
@@ -88,8 +90,11 @@ _TURNS = {
 _SIDEWAYS = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90}
 
 
-def image_decoder(preprocess: Preprocess, profile: DecodeProfile = "exact", max_pixels: int = MAX_PIXELS) -> Decode:
-    """A function from the bytes of an image file to uint8 RGB [height, width, 3], resized and cropped.
+def image_decoder(
+    preprocess: Preprocess, profile: DecodeProfile = "exact", max_pixels: int = MAX_PIXELS, *, sized: bool = False
+) -> Decode:
+    """A function from the bytes of an image file to uint8 RGB [height, width, 3], resized and cropped; with `sized`,
+    to a record of these `pixels` and the `size` (width, height) of the upright image.
 
     It may be called from many threads at once; the GIL is released while pixels are decoded and resized.
     It raises BadInputError with the stage `decode` and the code `empty`, `unsupported`, `truncated`, `corrupt` or
@@ -106,15 +111,19 @@ def image_decoder(preprocess: Preprocess, profile: DecodeProfile = "exact", max_
         (224, 224, 3)
     """
 
-    def decode(data: "ReadableBuffer") -> Pixels:
+    def decode(data: "ReadableBuffer") -> Row:
         content = bytes(data)
         picture = _read_jpeg(content, preprocess, profile, max_pixels) if content.startswith(_JPEG) else None
-        return fit(picture or _read(content, max_pixels), preprocess, profile, max_pixels)
+        picture = picture or _read(content, max_pixels)
+        pixels = fit(picture, preprocess, profile, max_pixels)
+        return with_size(pixels, picture) if sized else pixels
 
     return decode
 
 
-def prepare(image: Image.Image, preprocess: Preprocess, profile: DecodeProfile = "exact") -> Pixels:
+def prepare(
+    image: Image.Image, preprocess: Preprocess, profile: DecodeProfile = "exact", *, sized: bool = False
+) -> Row:
     """What `image_decoder` makes of a Pillow image of any mode: uint8 RGB [height, width, 3]; raises BadInputError.
 
     Example:
@@ -124,10 +133,13 @@ def prepare(image: Image.Image, preprocess: Preprocess, profile: DecodeProfile =
     """
     with _pillow(b""):
         picture = _upright_rgb(image)
-    return fit(picture, preprocess, profile, MAX_PIXELS)
+    pixels = fit(picture, preprocess, profile, MAX_PIXELS)
+    return with_size(pixels, picture) if sized else pixels
 
 
-def prepare_array(array: NDArray[Any], preprocess: Preprocess, profile: DecodeProfile = "exact") -> Pixels:
+def prepare_array(
+    array: NDArray[Any], preprocess: Preprocess, profile: DecodeProfile = "exact", *, sized: bool = False
+) -> Row:
     """Resize and crop a uint8 array, RGB [height, width, 3] or grey [height, width], to uint8 RGB [height, width, 3].
 
     Raises BadInputError with the code `unsupported` for another shape or dtype, `empty` where there are no pixels.
@@ -143,7 +155,9 @@ def prepare_array(array: NDArray[Any], preprocess: Preprocess, profile: DecodePr
     if array.size == 0:
         _refuse("empty", f"an array without pixels: {list(array.shape)}")
     rgb = array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2)
-    return fit(Picture(rgb, rgb.shape[1], rgb.shape[0]), preprocess, profile, MAX_PIXELS)
+    picture = Picture(rgb, rgb.shape[1], rgb.shape[0])
+    pixels = fit(picture, preprocess, profile, MAX_PIXELS)
+    return with_size(pixels, picture) if sized else pixels
 
 
 def _refuse(code: FailureCode, message: str) -> NoReturn:

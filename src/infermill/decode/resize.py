@@ -1,7 +1,6 @@
-"""Upright RGB pixels -> the network's size, by the rules of torchvision's Resize and CenterCrop."""
+"""Upright RGB pixels -> the network's size."""
 
-import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
@@ -10,7 +9,8 @@ from PIL import Image
 from PIL.Image import Resampling, Transpose
 
 from infermill.errors import BadInputError
-from infermill.models.card import Filter, Preprocess, Resize
+from infermill.models.card import Filter, Preprocess
+from infermill.models.geometry import Axis, axes, sized_type
 from infermill.types import DecodeProfile
 
 Pixels = NDArray[np.uint8]
@@ -35,84 +35,17 @@ class Picture(NamedTuple):
     divisor: int = 1
 
 
-class _Axis(NamedTuple):
-    """One side of an image, in pixels: its length before and after resizing, the range [first, stop) of the latter
-    that is kept, and its place in the result: the border in front of it and the length of it all.
-    """
-
-    before: int
-    after: int
-    first: int
-    stop: int
-    border: int
-    length: int
-
-    @property
-    def kept(self) -> slice:
-        return slice(self.first, self.stop)
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.first
-
-    def reach(self, support: float) -> slice:
-        """The input pixels that a filter reads for the kept ones, and a few more."""
-        if self.before == self.after:
-            return self.kept
-        scale = self.before / self.after
-        margin = support * max(scale, 1.0) + 1.0
-        first = math.floor((self.first + 0.5) * scale - margin)
-        stop = math.ceil((self.stop - 0.5) * scale + margin)
-        return slice(max(first, 0), min(stop, self.before))
-
-    def edges(self) -> tuple[float, float]:
-        """The kept range in input pixels."""
-        return self.first * self.before / self.after, self.stop * self.before / self.after
-
-    def exact_edges(self) -> tuple[float, float] | None:
-        """`edges()`, where float32, in which Pillow takes them, holds them without rounding."""
-        denominator = self.after // math.gcd(self.before, self.after)
-        is_binary = denominator & (denominator - 1) == 0
-        edges = self.edges()
-        return edges if is_binary and all(float(np.float32(edge)) == edge for edge in edges) else None
-
-
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """Refuse an image of too many pixels, before there is memory for it."""
     if width * height > max_pixels:
         raise BadInputError("decode", "too_large", f"{width} x {height} pixels, where {max_pixels} are allowed")
 
 
-def _axes(width: int, height: int, preprocess: Preprocess) -> tuple[_Axis, _Axis]:
-    """Columns and rows, by the rules of torchvision's Resize and CenterCrop."""
-    after_width, after_height = _resized(width, height, preprocess.resize)
-    crop_height, crop_width = preprocess.crop.center if preprocess.crop else (after_height, after_width)
-    return _axis(width, after_width, crop_width), _axis(height, after_height, crop_height)
-
-
-def _resized(width: int, height: int, resize: Resize | None) -> tuple[int, int]:
-    if resize is None:
-        return width, height
-    if resize.exact is not None:
-        return resize.exact[1], resize.exact[0]
-    shorter = cast(int, resize.shorter)
-    if width <= height:
-        return shorter, int(shorter * height / width)
-    return int(shorter * width / height), shorter
-
-
-def _axis(before: int, after: int, crop: int) -> _Axis:
-    if crop >= after:
-        return _Axis(before, after, 0, after, (crop - after) // 2, crop)
-    first = round((after - crop) / 2)
-    return _Axis(before, after, first, first + crop, 0, crop)
-
-
 def divisor_of(width: int, height: int, turn: Transpose | None, preprocess: Preprocess) -> int:
     """By how much a JPEG can be decoded smaller and still be at least twice as large as its resized size."""
     if preprocess.resize is None or _FILTERS[preprocess.resize.filter][2] is None:
         return 1
-    sides = _axes(width, height, preprocess)
+    sides = axes(width, height, preprocess)
     for divisor in (8, 4, 2):
         # A partial block sticks out at the right and at the bottom; turned, it would shift the picture.
         is_whole = width % divisor == height % divisor == 0
@@ -122,8 +55,8 @@ def divisor_of(width: int, height: int, turn: Transpose | None, preprocess: Prep
 
 
 def fit(picture: Picture, preprocess: Preprocess, profile: DecodeProfile, max_pixels: int) -> Pixels:
-    """Resize, crop and put a black border around what is smaller than the crop."""
-    columns, rows = _axes(picture.width, picture.height, preprocess)
+    """Resize, crop and put a border around what is smaller: black around a crop, else as the letterbox says."""
+    columns, rows = axes(picture.width, picture.height, preprocess)
     check_pixels(columns.after, max(rows.before, rows.after), max_pixels)
     resample, support, fast = _FILTERS[preprocess.resize.filter if preprocess.resize else "nearest"]
     if columns.before == columns.after and rows.before == rows.after:
@@ -138,18 +71,28 @@ def fit(picture: Picture, preprocess: Preprocess, profile: DecodeProfile, max_pi
         kept = _resize_exactly(picture.pixels, columns, rows, resample, support)
     if (rows.size, columns.size) == (rows.length, columns.length):
         return np.ascontiguousarray(kept)
-    canvas = np.zeros((rows.length, columns.length, 3), np.uint8)
+    canvas = np.full((rows.length, columns.length, 3), preprocess.border, np.uint8)
     canvas[rows.border : rows.border + rows.size, columns.border : columns.border + columns.size] = kept
     return canvas
 
 
-def _are_rows_first(columns: _Axis, rows: _Axis) -> bool:
+def with_size(pixels: Pixels, picture: Picture) -> NDArray[np.void]:
+    """The pixels, and the size of the image that they were made of, in one record of `sized_type`.
+
+    So a row stays one array on its way to the network, and only the tasks that ask for sizes have them.
+    """
+    record: NDArray[np.void] = np.empty((), sized_type(pixels.shape))
+    record["pixels"], record["size"] = pixels, (picture.width, picture.height)
+    return record
+
+
+def _are_rows_first(columns: Axis, rows: Axis) -> bool:
     """Whether a Pillow from 12 to 13 may resize rows before columns, which rounds differently."""
     loss = rows.before - rows.after
     return loss > 0 and (loss > 2 * (columns.before - columns.after) or rows.before > 100 * columns.before)
 
 
-def _resize_exactly(rgb: Pixels, columns: _Axis, rows: _Axis, resample: Resampling, support: float) -> Pixels:
+def _resize_exactly(rgb: Pixels, columns: Axis, rows: Axis, resample: Resampling, support: float) -> Pixels:
     """What resizing the whole and cropping gives, bit for bit, without most of what the crop drops.
 
     Pillow resizes the columns, rounds to 8 bits, and then resizes the rows, so that two calls do what one does:
@@ -177,7 +120,7 @@ def _resize_exactly(rgb: Pixels, columns: _Axis, rows: _Axis, resample: Resampli
     return np.asarray(strip.resize((columns.size, rows.after), resample))[rows.kept]
 
 
-def _resize_fast(picture: Picture, columns: _Axis, rows: _Axis, kernel: FilterType) -> Pixels:
+def _resize_fast(picture: Picture, columns: Axis, rows: Axis, kernel: FilterType) -> Pixels:
     height, width = picture.pixels.shape[:2]
     left, right = (edge / picture.divisor for edge in columns.edges())
     top, bottom = (edge / picture.divisor for edge in rows.edges())
