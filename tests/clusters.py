@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +29,8 @@ from tests.images import jpeg_bytes, photo
 from tests.servers import START_SECONDS, free_port
 
 WORKERS = 2
+GPU = "3"
+"The address of the GPU that each worker of a standalone cluster says it has."
 # Spark refuses to start a driver or an executor with less than 450 MiB.
 LEAST_HEAP = "512m"
 LEAN_JVM = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
@@ -97,7 +99,7 @@ def part_files(output: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class StandaloneCluster:
-    """A master and two workers with two cores and a GiB each, all on the loopback interface."""
+    """A master and two workers with two cores, a GiB and an alleged GPU each, all on the loopback interface."""
 
     master: str
     folder: Path
@@ -170,13 +172,21 @@ def run_standalone(folder: Path) -> Iterator[StandaloneCluster]:
     deploy, hosts = "org.apache.spark.deploy", [_host(number) for number in range(WORKERS)]
     ports = ["--port", str(port), "--webui-port", str(web_port)]
     share = ["--webui-port", "0", "--cores", "2", "--memory", "1G"]
+    discovery = folder / "gpus.sh"
+    discovery.write_text(f"""#!/bin/sh\necho '{{"name": "gpu", "addresses": ["{GPU}"]}}'\n""")
+    discovery.chmod(0o755)
+    gpu = "-Dspark.worker.resource.gpu.{}={}"
+    gpus = {"SPARK_WORKER_OPTS": f"{gpu.format('amount', 1)} {gpu.format('discoveryScript', discovery)}"}
     with ExitStack() as daemons:
-        master = _Daemon(folder / "master", ["spark-class", f"{deploy}.master.Master", "--host", "127.0.0.1", *ports])
+        command = ["spark-class", f"{deploy}.master.Master", "--host", "127.0.0.1", *ports]
+        master = _Daemon(folder / "master", command, {})
         daemons.enter_context(master)
         master.wait_until(lambda: _accepts(port))
         command = ["spark-class", f"{deploy}.worker.Worker", *share]
         workers = [
-            daemons.enter_context(_Daemon(folder / f"worker-{number}", [*command, "--host", host, url], host=host))
+            daemons.enter_context(
+                _Daemon(folder / f"worker-{number}", [*command, "--host", host, url], gpus, host=host)
+            )
             for number, host in enumerate(hosts)
         ]
         for worker in workers:
@@ -204,7 +214,7 @@ def run_connect_server(folder: Path, master: str = "local[2]") -> Iterator[str]:
     command = ["spark-submit", "--class", "org.apache.spark.sql.connect.service.SparkConnectServer"]
     command += ["--master", master]
     command += [argument for name, value in settings.items() for argument in ("--conf", f"{name}={value}")]
-    with _Daemon(folder, [*command, "spark-internal"], LEAST_HEAP) as server:
+    with _Daemon(folder, [*command, "spark-internal"], {}, LEAST_HEAP) as server:
         server.wait_until(lambda: _accepts(port))
         yield f"sc://127.0.0.1:{port}"
 
@@ -225,7 +235,14 @@ def open_remote(url: str) -> Iterator[Any]:
 class _Daemon:
     """A program of Spark that runs in a folder of its own, and is killed with all that it started."""
 
-    def __init__(self, folder: Path, command: Sequence[str], memory: str = "256m", host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        memory: str = "256m",
+        host: str = "127.0.0.1",
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         pyspark = find_spec("pyspark")
         assert pyspark is not None
@@ -249,7 +266,7 @@ class _Daemon:
             self._process = subprocess.Popen(
                 program,
                 cwd=folder,
-                env=inherited | settings,
+                env=inherited | settings | dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

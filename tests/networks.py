@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from infermill.models.card import ModelCard, Preprocess
+from infermill.types import DetectionFormat
 
 Layout = Literal["NCHW", "NHWC"]
 Dtype = Literal["float32", "float16", "uint8"]
@@ -184,6 +185,93 @@ def tiny_raw(path: Path, size: int = 32, seed: int = 0) -> Path:
         helper.make_tensor_value_info(kind, TensorProto.INT64, ["N"]),
     ]
     return net.save(path, [_image(size, None, "NCHW", "float32", 3)], outputs)
+
+
+def tiny_detector(
+    path: Path,
+    box_format: DetectionFormat,
+    size: int = 64,
+    *,
+    count: bool = False,
+    normalized_yxyx: bool = False,
+    nan_on_black: bool = False,
+    dtype: Dtype = "float32",
+    producer: str = "tests",
+) -> Path:
+    """Input `images` NCHW of 0..1. Finds what is bright in red (class 0) and what is bright in green (class 1), each
+    with its brightness as the score, and once more 1 pixel to the right with 0.9 of that.
+    """
+    net = Network(dtype)
+    spot, boxes = _bright_boxes(net, size)
+    if nan_on_black:
+        brightness = net.node("ReduceMean", "images", axes=[1, 2, 3], keepdims=0)
+        doubt = net.node("Mul", net.node("Sqrt", net.node("Sub", brightness, _constant(net, 0.01))), _constant(net, 0))
+        spot = net.node("Add", spot, net.node("Reshape", doubt, _shape(net, [-1, 1])))
+    scores = net.node("Concat", spot, net.node("Mul", spot, _constant(net, 0.9)), axis=1)  # [N, 4]
+    shifted = net.node("Add", boxes, _constant(net, [1, 0, 1, 0]))
+    boxes = net.node("Concat", boxes, shifted, axis=1)  # [N, 4, 4]
+    outputs = _written(net, box_format, size, scores, boxes, normalized_yxyx=normalized_yxyx)
+    if count:
+        ones = net.node("Greater", scores, _constant(net, 0))
+        number = net.node("ReduceSum", net.node("Cast", ones, to=ELEMENT_TYPES[dtype]), _shape(net, [1]), keepdims=0)
+        outputs.append((net.node("Identity", number, name="num_detections"), ["N"]))
+    values = [helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], shape) for name, shape in outputs]
+    path = net.save(path, [_image(size, None, "NCHW", dtype, 3)], values)
+    model = onnx.load(path)
+    model.producer_name = producer
+    onnx.save(model, path)
+    return path
+
+
+def _constant(net: Network, values: Any) -> str:
+    return net.weight(np.array(values))
+
+
+def _bright_boxes(net: Network, size: int) -> tuple[str, str]:
+    """How bright red and green are where they are bright [N, 2], and the corners of that [N, 2, 4]."""
+    colours = net.node("Slice", "images", _shape(net, [0]), _shape(net, [2]), _shape(net, [1]))
+    mask = net.node("Cast", net.node("Greater", colours, _constant(net, 0.5)), to=ELEMENT_TYPES[str(net.dtype)])
+    spot = net.node("ReduceMax", net.node("Mul", colours, mask), axes=[2, 3], keepdims=0)
+    sides = []
+    for reduced_axis in (2, 3):  # columns, then rows
+        line = net.node("ReduceMax", mask, axes=[reduced_axis], keepdims=0)
+        far = net.node("Mul", net.node("Sub", _constant(net, 1), line), _constant(net, 1000))
+        first = net.node("ReduceMin", net.node("Add", far, _constant(net, np.arange(size))), axes=[2], keepdims=1)
+        last = net.node("ReduceMax", net.node("Mul", line, _constant(net, np.arange(size) + 1)), axes=[2], keepdims=1)
+        sides.append((first, last))
+    (left, right), (top, bottom) = sides
+    return spot, net.node("Concat", left, top, right, bottom, axis=2)
+
+
+def _written(
+    net: Network, box_format: DetectionFormat, size: int, scores: str, boxes: str, *, normalized_yxyx: bool
+) -> list[tuple[str, list[int | str]]]:
+    """The outputs of a format, and their shapes."""
+    column = net.node("Reshape", scores, _shape(net, [-1, 4, 1]))
+    zeros = net.node("Mul", column, _constant(net, 0))
+    classes = net.node("Add", zeros, _constant(net, [[0], [1], [0], [1]]))
+    if box_format == "boxes-labels-scores":
+        if normalized_yxyx:
+            swapped = net.node("Gather", boxes, _shape(net, [1, 0, 3, 2]), axis=2)
+            boxes = net.node("Div", swapped, _constant(net, size))
+        net.node("Identity", boxes, name="detection_boxes" if normalized_yxyx else "boxes")
+        net.node("Reshape", classes, _shape(net, [-1, 4]), name="labels")
+        net.node("Identity", scores, name="scores")
+        return [(net.nodes[-3].output[0], ["N", 4, 4]), ("labels", ["N", 4]), ("scores", ["N", 4])]
+    if box_format == "mxnet-ssd":
+        nothing = net.node("Cast", net.node("Equal", column, _constant(net, 0)), to=ELEMENT_TYPES[str(net.dtype)])
+        classes = net.node("Sub", classes, net.node("Mul", nothing, _constant(net, 2)))
+        boxes = net.node("Div", boxes, _constant(net, size))
+        return [(net.node("Concat", classes, column, boxes, axis=2, name="detections"), ["N", 4, 6])]
+    if box_format == "yolov10":
+        return [(net.node("Concat", boxes, column, classes, axis=2, name="output0"), ["N", 4, 6])]
+    to_centre = np.array([[0.5, 0, -1, 0], [0, 0.5, 0, -1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
+    boxes = net.node("MatMul", boxes, _constant(net, to_centre))
+    one_hot = net.node("Concat", net.node("Sub", _constant(net, 1), classes), classes, axis=2)
+    if box_format == "yolov5":
+        return [(net.node("Concat", boxes, column, one_hot, axis=2, name="output0"), ["N", 4, 7])]
+    rows = net.node("Concat", boxes, net.node("Mul", column, one_hot), axis=2)
+    return [(net.node("Transpose", rows, perm=[0, 2, 1], name="output0"), ["N", 6, 4])]
 
 
 def pictures(count: int, size: int = 32, seed: int = 0) -> NDArray[np.uint8]:

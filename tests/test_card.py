@@ -55,7 +55,7 @@ def test_the_example_of_the_documentation_is_a_card() -> None:
         ({"preprocess": {"crop": {"centre": [2, 2]}}}, "`preprocess.crop.centre`", "`preprocess.crop.center`?"),
         ({"nam": "x", "name": None}, "unknown field `nam`", "did you mean `name`?"),
         ({"zzz": 1}, "unknown field `zzz`", "known fields here: classes, files, input, labels, name"),
-        ({"files": {"onnx": "a", "w": "b"}}, "unknown field `files.w`", "known fields here: onnx"),
+        ({"files": {"onnx": "a", "w": "b"}}, "unknown field `files.w`", "known fields here: archive, onnx, params"),
     ],
 )
 def test_an_unknown_field_names_the_nearest(fields: dict[str, Any], message: str, hint: str) -> None:
@@ -69,21 +69,31 @@ def test_an_unknown_field_names_the_nearest(fields: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"preprocess": {"resize": {"shorter": 3, "exact": [1, 2]}}}, "`preprocess.resize`: give either `shorter` or"),
-        ({"preprocess": {"resize": {}}}, "`preprocess.resize`: give either `shorter` or `exact`"),
+        ({"preprocess": {"resize": {"shorter": 3, "exact": [1, 2]}}}, "`preprocess.resize`: give one of `shorter`,"),
+        ({"preprocess": {"resize": {}}}, "`preprocess.resize`: give one of `shorter`, `exact` and"),
+        (
+            {"preprocess": {"resize": {"letterbox": [4, 4]}, "crop": {"center": [2, 2]}}},
+            "`preprocess`: `resize.letterb",
+        ),
+        ({"preprocess": {"resize": {"letterbox": [4, 4], "fill": 256}}}, "`preprocess.resize.fill`: Input should be"),
+        ({"output": {"format": "yolo"}}, "`output.format`: Input should be 'mxnet-ssd', 'yolov5'"),
+        ({"output": {"score_threshold": 1}}, "`output.score_threshold`: Input should be less than 1"),
+        ({"output": {"max_detections": 1001}}, "`output.max_detections`: Input should be less than or equal to 1000"),
         ({"preprocess": {"resize": 256}}, "`preprocess.resize`: Input should have fields"),
         ({"preprocess": {"crop": {"center": [0, 5]}}}, "`preprocess.crop.center.0`: Input should be greater"),
         ({"preprocess": {"mean": [1, 2]}}, "`preprocess.mean.2`: Field required"),
         ({"preprocess": {"std": [1, 0, 1]}}, "`preprocess`: `std` must not be 0"),
         ({"preprocess": {"scale": "1/255"}}, "`preprocess.scale`: Input should be a valid number"),
         ({"preprocess": {"scale": float("nan")}}, "`preprocess.scale`: Input should be a finite number"),
-        ({"task": "segmentation"}, "`task`: Input should be 'classification', 'embedding' or 'raw'"),
+        ({"task": "segmentation"}, "`task`: Input should be 'classification', 'embedding', 'raw' or 'detection'"),
         ({"output": {"top_k": 0}}, "`output.top_k`: Input should be greater than or equal to 1"),
         ({"input": {"layout": "CHW"}}, "`input.layout`: Input should be 'NCHW' or 'NHWC'"),
         ({"labels": 5}, "`labels`: Input should be a valid string"),
         ({"classes": 0}, "`classes`: Input should be greater than or equal to 1"),
         ({"name": 5}, "`name`: Input should be a valid string"),
-        ({"files": {}}, "`files.onnx`: Field required"),
+        ({"files": {}}, "`files`: give `onnx`, or `symbol` and `params`, or `archive`"),
+        ({"files": {"symbol": "a.json"}}, "`files`: give `onnx`, or `symbol` and `params`, or `archive`"),
+        ({"files": {"onnx": "a", "symbol": "b", "params": "c"}}, "`files`: give `onnx`, or"),
     ],
 )
 def test_a_wrong_value_names_its_field(fields: dict[str, Any], message: str) -> None:
@@ -138,6 +148,7 @@ def weights(tmp_path: Path) -> dict[str, Path]:
     "fields",
     [
         {"task": "raw"},
+        {"task": "detection"},
         {"input": {"name": "data"}},
         {"input": {"layout": "NHWC"}},
         {"input": {"dtype": "float16"}},
@@ -145,6 +156,7 @@ def weights(tmp_path: Path) -> dict[str, Path]:
         {"preprocess": {"resize": {"shorter": 256}}},
         {"preprocess": {"resize": {"exact": [256, 256]}}},
         {"preprocess": {"resize": {"shorter": 256, "filter": "bicubic"}}},
+        {"preprocess": {"resize": {"letterbox": [256, 256]}}},
         {"preprocess": {"crop": {"center": [224, 224]}}},
         {"preprocess": {"scale": 0.5}},
         {"preprocess": {"mean": [0, 0, 1]}},
@@ -176,6 +188,27 @@ def test_the_digest_of_a_card_stays_what_it_was(
 ) -> None:
     labels = tuple(fields["labels"]) if "labels" in fields else None
     assert digest_of(card(**fields), labels, weights) == f"sha256:{hexdigest}"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"format": "yolov8"},
+        {"names": {"boxes": "b"}},
+        {"coordinates": "pixels"},
+        {"corners": "yxyx"},
+        {"score_threshold": 0.5},
+        {"iou_threshold": 0.5},
+        {"max_detections": 5},
+    ],
+)
+def test_the_digest_of_a_detection_covers_its_fields(output: dict[str, Any], weights: dict[str, Path]) -> None:
+    letterbox = {"resize": {"letterbox": [64, 64]}}
+    plain = digest_of(card(task="detection", preprocess=letterbox), None, weights)
+    assert digest_of(card(task="detection", preprocess=letterbox, output=output), None, weights) != plain
+    filled = {"resize": {"letterbox": [64, 64], "fill": 0}}
+    assert digest_of(card(task="detection", preprocess=filled), None, weights) != plain
+    assert digest_of(card(output=output), None, weights) == digest_of(card(), None, weights)
 
 
 def test_the_digest_covers_labels_and_the_bytes_of_every_file(weights: dict[str, Path]) -> None:
@@ -232,7 +265,15 @@ filters = st.sampled_from(["nearest", "box", "bilinear", "hamming", "bicubic", "
 resizes = st.one_of(
     st.fixed_dictionaries({"shorter": pixels, "filter": filters}),
     st.fixed_dictionaries({"exact": st.tuples(pixels, pixels)}),
+    st.fixed_dictionaries({"letterbox": st.tuples(pixels, pixels), "fill": st.integers(0, 255)}),
 )
+
+
+def _is_allowed(fields: Any) -> bool:
+    """A letterbox leaves nothing to crop."""
+    return not ("crop" in fields and "letterbox" in fields.get("resize", {}))
+
+
 preprocesses = st.none() | st.fixed_dictionaries(
     {},
     optional={
@@ -243,14 +284,16 @@ preprocesses = st.none() | st.fixed_dictionaries(
         "mean": channels,
         "std": channels.filter(all),
     },
-)
+).filter(_is_allowed)
 cards = st.fixed_dictionaries(
     {"name": texts, "files": st.fixed_dictionaries({"onnx": texts})},
     optional={
-        "task": st.sampled_from(["classification", "embedding", "raw"]),
+        "task": st.sampled_from(["classification", "embedding", "raw", "detection"]),
         "input": st.fixed_dictionaries({}, optional={"name": texts, "layout": st.sampled_from(["NCHW", "NHWC"])}),
         "preprocess": preprocesses,
-        "output": st.fixed_dictionaries({}, optional={"name": texts, "top_k": st.integers(1, 1000)}),
+        "output": st.fixed_dictionaries(
+            {}, optional={"name": texts, "top_k": st.integers(1, 1000), "names": st.just({"boxes": "b"})}
+        ),
         "labels": st.one_of(texts, st.lists(texts, max_size=5)),
         "classes": pixels,
     },

@@ -224,7 +224,7 @@ def test_help_needs_none_of_the_heavy_libraries(work: Path) -> None:
     script += "finally: print([m for m in ('numpy','pyarrow','pydantic','onnx','openvino') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=work, check=True)
     assert done.stdout.endswith("[]\n")
-    for command in ("run", "retry", "status", "verify", "plan", "inspect", "doctor", "demo"):
+    for command in ("run", "retry", "status", "verify", "plan", "inspect", "convert", "check", "doctor", "demo"):
         assert re.search(rf"^\S* *{command} ", done.stdout, re.MULTILINE)
 
 

@@ -59,6 +59,13 @@ def test_an_empty_batch_and_slices_of_both_binary_types(job: ColumnJob, kind: pa
     assert list(predict_column(job, iter([]))) == []
 
 
+def test_a_relative_path_is_told_from_a_file_that_is_missing(job: ColumnJob) -> None:
+    (answer,) = predict_column(job, iter([pa.array(["photos/a.jpg", "file:a.jpg", "/nowhere/a.jpg"])]))
+    errors = [error["error"] for error in answer.to_pylist()]
+    assert [error["code"] for error in errors] == ["unreadable", "unreadable", "missing"]
+    assert errors[0]["message"] == "'photos/a.jpg' is a relative path, and executors have folders of their own"
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 def test_paths_of_both_string_types(job: ColumnJob, kind: pa.DataType, tmp_path: Path) -> None:
     (tmp_path / "a b.jpg").write_bytes(IMAGES[0])

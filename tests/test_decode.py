@@ -26,17 +26,26 @@ PILLOW_REFUSES = {"jpeg EXIF that is none"}
 
 
 def shown(image: Image.Image, preprocess: Preprocess) -> Pixels:
-    """The reference: torchvision's Resize and CenterCrop, written with plain Pillow calls on whole images."""
+    """The reference: torchvision's Resize and CenterCrop, and Ultralytics' LetterBox but for OpenCV, written with plain
+    Pillow calls on whole images.
+    """
     width, height = image.size
     resize = preprocess.resize
     if resize is not None:
         if resize.exact is not None:
             height, width = resize.exact
+        elif resize.letterbox is not None:
+            ratio = min(resize.letterbox[0] / height, resize.letterbox[1] / width)
+            width, height = max(round(width * ratio), 1), max(round(height * ratio), 1)
         elif resize.shorter is not None and width <= height:
             width, height = resize.shorter, int(resize.shorter * height / width)
         elif resize.shorter is not None:
             width, height = int(resize.shorter * width / height), resize.shorter
         image = image.resize((width, height), Resampling[resize.filter.upper()])
+    if resize is not None and resize.letterbox is not None:
+        box = Image.new("RGB", resize.letterbox[::-1], (resize.fill,) * 3)
+        box.paste(image, (round((box.width - width) / 2 - 0.1), round((box.height - height) / 2 - 0.1)))
+        image = box
     if preprocess.crop is not None:
         crop_height, crop_width = preprocess.crop.center
         left, top = max((crop_width - width) // 2, 0), max((crop_height - height) // 2, 0)
@@ -70,7 +79,12 @@ resizes = st.builds(Resize, shorter=st.integers(1, 90), filter=st.sampled_from(F
     Resize, exact=st.tuples(pixels, pixels), filter=st.sampled_from(FILTERS)
 )
 crops = st.builds(Crop, center=st.tuples(st.integers(1, 120), st.integers(1, 120)))
-preprocesses = st.builds(Preprocess, resize=st.none() | resizes, crop=st.none() | crops)
+letterboxes = st.builds(
+    Resize, letterbox=st.tuples(pixels, pixels), filter=st.sampled_from(FILTERS), fill=st.integers(0, 255)
+)
+preprocesses = st.builds(Preprocess, resize=st.none() | resizes, crop=st.none() | crops) | st.builds(
+    Preprocess, resize=letterboxes
+)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -108,6 +122,9 @@ def test_what_cannot_be_decoded_is_told_by_code(name: str, profile: DecodeProfil
 @example(375, 500, CLASSIC, 0)
 @example(256, 256, CLASSIC, 0)
 @example(1, 1, CLASSIC, 0)
+@example(500, 375, Preprocess(resize=Resize(letterbox=(640, 640))), 0)
+@example(375, 500, Preprocess(resize=Resize(letterbox=(320, 320))), 0)
+@example(4000, 2, Preprocess(resize=Resize(letterbox=(64, 64))), 0)
 # Pillow 13 resizes rows first where the height shrinks by more than twice as much as the width.
 @example(100, 400, Preprocess(resize=Resize(shorter=32), crop=Crop(center=(32, 32))), 0)
 @example(150, 401, Preprocess(resize=Resize(exact=(30, 90)), crop=Crop(center=(20, 20))), 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infermill.doctor import Finding, _package, _s3_credentials, examine
+from infermill.doctor import Finding, _executor, _package, _s3_credentials, examine
 from infermill.types import Options
 
 
@@ -49,6 +49,20 @@ def test_openvino_without_a_processor_is_a_finding(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("openvino.Core", core)
     assert not finding("openvino").usable
+
+
+def test_the_mxnet_of_another_python_is_shown(mxnet_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERMILL_MXNET_PYTHON", str(mxnet_python))
+    assert finding("mxnet") == Finding("mxnet", True, f"1.9.1 in {mxnet_python}", optional=True)
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/nowhere/python"])
+def test_a_python_without_mxnet_is_a_finding(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERMILL_MXNET_PYTHON", python)
+    found = finding("mxnet")
+    assert (found.usable, found.optional) == (False, True)
+    assert python in found.detail
+    assert found.hint
 
 
 # --- credentials
@@ -125,3 +139,10 @@ def test_no_java_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found = finding("Java")
     assert (found.usable, found.optional) == (False, True)
     assert "infermill[spark]" in found.hint
+
+
+def test_an_executor_is_told_in_a_line() -> None:
+    versions = {"spark": "4.3.0", "python": "3.11.7", "infermill": "1.0", "openvino": "2026.4", "onnxruntime": ""}
+    one = {"executor": "0", "host": "one", "cores": 1, "gpus": "", **versions}
+    told = "1 core, Spark 4.3.0, Python 3.11.7, infermill 1.0, openvino 2026.4"
+    assert _executor(one) == Finding("executor 0 on one", True, told)

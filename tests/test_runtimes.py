@@ -1,4 +1,4 @@
-"""Every runtime answers as plain NumPy preprocessing and the original network in ONNX Runtime do."""
+"""The runtimes for ONNX answer as plain NumPy preprocessing and the original network in ONNX Runtime do."""
 
 import itertools
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +28,8 @@ from infermill.runtimes import MODULES, Predictor, load
 from infermill.types import RuntimeName
 from tests.networks import Network, pictures, preprocess_of, tiny_classifier, tiny_embedding, tiny_raw, tiny_tabular
 
-RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+# MXNet executes none but its own networks: see test_runtime_mxnet.
+RUNTIMES: tuple[RuntimeName, ...] = ("openvino", "onnxruntime")
 RESNET18 = Path(__file__).parents[1] / "benchmarks" / "resnet18.py"
 TOLERANCE = 1e-4
 ZERO_TO_ONE = {"scale": 1 / 255}

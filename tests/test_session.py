@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pyspark
 import pytest
 
 import infermill
 from infermill import Options
+from infermill.engines.spark import survey
 from infermill.session import first_line, spark_session
 from tests.clusters import (
+    GPU,
     SlowDecoder,
     StandaloneCluster,
     open_remote,
@@ -169,7 +172,9 @@ def test_the_doctor_asks_every_executor(folder: Path, standalone: StandaloneClus
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     executors = [one for one in json.loads(answer.stdout) if one["name"].startswith("executor")]
     assert len(executors) == 2
-    assert all(one["usable"] and one["detail"].startswith("2 cores, Python 3.") for one in executors)
+    assert all(
+        one["usable"] and one["detail"].startswith(f"2 cores, Spark {pyspark.__version__}, ") for one in executors
+    )
 
 
 @pytest.mark.slow
@@ -183,7 +188,47 @@ def test_the_memory_of_the_driver_does_not_grow_with_the_objects(folder: Path) -
     assert infermill.status(folder / "out-200000").planned == 200_000
 
 
-def refused(folder: Path, *flags: str, python: str = "", environment: Mapping[str, str] | None = None) -> str:
+@pytest.mark.slow
+def test_a_worker_has_the_gpu_that_spark_gives_to_its_task(folder: Path, standalone: StandaloneCluster) -> None:
+    gpu = ("spark.executor.resource.gpu.amount=1", "spark.task.resource.gpu.amount=1")
+    options = standalone.options
+    with spark_session(replace(options, conf=(*options.conf, *gpu))) as session:
+        assert [(one["cores"], one["gpus"]) for one in survey(session)] == [(2, GPU)] * 2
+        summary = infermill.run(
+            folder / "photos", folder / "model.yaml", folder / "out", Options(partition_objects=4), engine=session
+        )
+        workers = [psutil.Process(pid).environ() for pid in standalone.infermill_workers()]
+    assert (summary.ok, summary.workers) == (40, 2)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in workers] == [GPU] * 2
+
+
+@pytest.mark.parametrize("argument", ["source", "model"])
+def test_what_is_missing_is_told_before_spark_starts(
+    folder: Path, argument: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = {"source": folder / "photos", "model": folder / "model.yaml"} | {argument: folder / "nowhere"}
+    with caplog.at_level("INFO", "infermill"), pytest.raises(infermill.InfermillError, match="nowhere"):
+        infermill.run(paths["source"], paths["model"], folder / "out", Options(engine="spark", master="local[1]"))
+    assert "starting Spark" not in caplog.text
+
+
+def test_spark_is_not_started_for_a_job_that_is_done(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    infermill.run(folder / "photos", folder / "model.yaml", folder / "out")
+    with caplog.at_level("INFO", "infermill"):
+        again = infermill.run(
+            folder / "photos", folder / "model.yaml", folder / "out", Options(engine="spark", master="local[1]")
+        )
+    assert (again.ok, again.workers) == (40, 0)
+    assert "starting Spark" not in caplog.text
+
+
+def refused(
+    folder: Path,
+    *flags: str,
+    python: str = "",
+    environment: Mapping[str, str] | None = None,
+    exit_codes: Sequence[int] = (1, 2),
+) -> str:
     """What a command says that cannot run, without its first words."""
     program = [sys.executable, "-c", f"{python}\nfrom infermill.cli import main; main()"] if python else COMMAND
     done = subprocess.run(
@@ -195,7 +240,7 @@ def refused(folder: Path, *flags: str, python: str = "", environment: Mapping[st
         timeout=60,
         check=False,
     )
-    assert done.returncode in (1, 2)
+    assert done.returncode in exit_codes
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith("starting Spark on ")]
     assert [line.partition(":")[0] for line in lines if not re.match(r" +\d+ s ", line)] == ["error", "hint"], lines
@@ -230,9 +275,35 @@ def test_nobody_answers(folder: Path, flag: str) -> None:
     assert f"or check {flag}" in said
 
 
-def test_what_java_says_is_one_line(folder: Path) -> None:
-    said = refused(folder, "--engine", "spark", "--master", "mesos://x")
-    assert "error: Spark does not start with --master mesos://x: Master must either be yarn or start with" in said
+@pytest.mark.parametrize(
+    ("master", "setting", "message"),
+    [
+        ("mesos://x", "spark.ui.enabled=false", "Master must either be yarn or start with"),
+        ("local[2]", "spark.executor.memory=lots", "Executor memory must be"),
+        ("local[2]", "spark.task.cpus=3", "The number of cores per executor (=2) has to be >="),
+    ],
+)
+def test_a_setting_that_cannot_be_right_is_bad_usage(folder: Path, master: str, setting: str, message: str) -> None:
+    said = refused(folder, "--engine", "spark", "--master", master, "--conf", setting, exit_codes=[2])
+    assert f"error: Spark does not start with --master {master}: " in said
+    assert message in said
+    assert "hint: check --master, and the setting that this is about" in said
+
+
+def test_a_cluster_that_does_not_answer_is_told_by_the_last_cause(folder: Path) -> None:
+    master = f"k8s://http://127.0.0.1:{free_port()}"
+    flags = ["--conf", "spark.kubernetes.container.image=none", "--conf", "spark.kubernetes.request.timeout=1000"]
+    done = finish(folder, ["--engine", "spark", "--master", master, *flags])
+    assert done.returncode == 1
+    assert f"error: Spark does not start with --master {master}: java.net.ConnectException: " in done.stderr
+
+
+@pytest.mark.slow
+def test_a_setting_of_a_connect_server_is_refused(folder: Path, connect_server: str) -> None:
+    flags = ["--engine", "spark", "--remote", connect_server, "--conf", "spark.sql.shuffle.partitions=8"]
+    said = refused(folder, *flags, "--conf", "spark.task.cpus=2", exit_codes=[2])
+    assert f"error: --remote {connect_server} does not take --conf spark.task.cpus: [CANNOT_MODIFY_" in said
+    assert "hint: set it where the server is started" in said
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pyspark.ml import Pipeline, PipelineModel
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
@@ -23,7 +24,7 @@ from infermill.spark import InfermillTransformer, make_predict_fn, predict, regi
 from infermill.types import CardOptions, Options
 from tests.clusters import LEAN_JVM, LEAST_HEAP, open_remote
 from tests.images import jpeg_bytes, photo
-from tests.networks import tiny_classifier, tiny_embedding, tiny_raw, tiny_tabular
+from tests.networks import tiny_classifier, tiny_detector, tiny_embedding, tiny_raw, tiny_tabular
 from tests.servers import Bucket, free_port
 
 LABELS = [f"class {number}" for number in range(10)]
@@ -102,6 +103,21 @@ def test_images_of_binary_files(spark: Any, card: Path, photos: Path, runtime: i
     assert [plain(row.prediction) for row in rows] == expected(card, content, runtime=runtime)
     assert [row.prediction.error.code for row in rows if row.prediction.error] == ["truncated"]
     assert rows[0].prediction.top[0].label in LABELS
+
+
+def test_detections_are_in_pixels_of_each_image(spark: Any, tmp_path: Path) -> None:
+    tiny_detector(tmp_path / "tiny.onnx", "yolov8")
+    options = CardOptions(format="yolov8", letterbox=(64, 64), max_detections=2)
+    (tmp_path / "photos").mkdir()
+    for name, size in (("a", (128, 64)), ("b", (64, 256))):
+        image = Image.new("RGB", size)
+        image.paste((250, 0, 0), (16, 8, 48, 56))
+        image.save(tmp_path / "photos" / f"{name}.png")
+    files = spark.read.format("binaryFile").load(str(tmp_path / "photos"))
+    rows = predict(files, tmp_path / "tiny.onnx", card_options=options).orderBy("path").select("prediction").collect()
+    told = [[plain(one) for one in row.prediction.detections] for row in rows]
+    assert [[tuple(one["box"].values()) for one in found] for found in told] == [[(16, 8, 48, 56)]] * 2
+    assert (told[0][0]["index"], told[0][0]["label"]) == (0, None)
 
 
 def test_order_nulls_and_more_rows_than_a_batch(spark: Any, card: Path, photos: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -247,7 +248,36 @@ def test_a_folder_that_executors_do_not_see_is_not_taken_for_an_empty_one(jobs: 
     with pytest.raises(infermill.StoreError, match="accounts for 0 of 8"):  # it is planned, and no more
         infermill.run(tmp_path / "photos", jobs.card, tmp_path / "out", engine=lambda *_: iter(()))
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
-    with pytest.raises(infermill.StoreError, match="photos is not there on"):
+    with pytest.raises(infermill.StoreError, match="photos is there on the driver, and not on"):
         infermill.run(tmp_path / "photos", jobs.card, tmp_path / "out", engine=jobs.session)
     (tmp_path / "elsewhere").rename(tmp_path / "photos")
     assert infermill.run(tmp_path / "photos", jobs.card, tmp_path / "out").ok == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("kind", ["folder", "manifest"])
+def test_a_mount_point_without_its_mount_is_not_taken_for_an_empty_folder(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    here = Path("/proc/self/cwd")  # which is there on every machine, and is another folder for each process
+    monkeypatch.chdir(write_photos(tmp_path / "photos", 8))
+    source = here
+    if kind == "manifest":
+        source = tmp_path / "keys.txt"
+        source.write_text("".join(f"{here}/{name}.jpg\n" for name in ("nowhere", *(f"{n:03d}" for n in range(8)))))
+    with pytest.raises(infermill.StoreError, match=r"000\.jpg is there on the driver, and not on") as caught:
+        jobs.run(source, tmp_path / "out")
+    assert caught.value.hint == "mount source and output at the same path on every node, or use a store"
+    assert part_files(tmp_path / "out") == []
+    assert infermill.run(source, jobs.card, tmp_path / "out", Options(partition_objects=4)).ok == 8
+
+
+def test_objects_that_were_deleted_are_rows(jobs: Jobs, tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", 12, lambda _: b"")
+    options = Options(partition_objects=4)
+    with pytest.raises(infermill.StoreError, match="accounts for 0 of 12"):
+        infermill.run(photos, jobs.card, tmp_path / "out", options, engine=lambda *_: iter(()))
+    for number in (0, 1, 2, 3, 5):  # all that the first task would do, and one more
+        (photos / f"{number:03d}.jpg").unlink()
+    summary = jobs.run(photos, tmp_path / "out")
+    assert (summary.ok, summary.failures_by_code) == (7, {"missing": 5})

@@ -5,14 +5,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from obstore.exceptions import PreconditionError
 from obstore.store import AzureStore, GCSStore
 
 from infermill.errors import InfermillError, SourceError, StoreError, UsageError
 from infermill.fetch import fetcher
 from infermill.output import Output
 from infermill.sources import list_source
-from infermill.stores import Location, endpoint_of, is_nameable, locate, open_reader, open_s3_client, open_store
+from infermill.stores import Location, endpoint_of, is_nameable, locate, open_s3_client, open_store
 from infermill.types import ObjectRef, Source, StoreOptions
 from tests.servers import Answer, AuthServer, Bucket, ScriptedStore, credential_process, free_port, write_profile
 
@@ -95,29 +94,6 @@ def test_ordinary_keys_are_nameable(path: str) -> None:
 )
 def test_keys_that_object_store_refuses_or_changes_are_unnameable(path: str) -> None:
     assert not is_nameable(path)
-
-
-def test_a_reader_seeks_in_an_object(bucket: Bucket) -> None:
-    content = bytes(range(256)) * 20_000
-    bucket.put("big", content)
-    place = locate(f"{bucket.uri}/big")
-    with open_reader(place, open_store(place, bucket.options)) as reader:
-        assert reader.seek(-10, 2) == len(content) - 10
-        assert reader.read() == content[-10:]
-        assert reader.seek(3) == 3
-        assert reader.read(2_000_000) == content[3:2_000_003]
-        assert reader.tell() == 2_000_003
-
-
-def test_an_object_that_is_replaced_while_it_is_read_is_not_mixed(bucket: Bucket) -> None:
-    bucket.put("big", b"1" * 5_000_000)
-    place = locate(f"{bucket.uri}/big")
-    with open_reader(place, open_store(place, bucket.options)) as reader:
-        assert reader.read(1) == b"1"
-        bucket.put("big", b"2" * 5_000_000)
-        reader.seek(4_000_000)
-        with pytest.raises(PreconditionError):
-            reader.read(1)
 
 
 def list_bucket(name: str, options: StoreOptions) -> object:

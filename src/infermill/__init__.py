@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from infermill.estimation import Estimate, estimate
     from infermill.job import retry, run
     from infermill.models.card import ModelCard
-    from infermill.predict import Label, Prediction, load_model
+    from infermill.predict import Box, Detected, Label, Prediction, load_model
     from infermill.rows import read, read_batches
     from infermill.types import CardOptions, Failure, Options, Summary
 
 _HOMES = {
+    "Box": "predict",
     "BudgetError": "errors",
     "CardOptions": "types",
+    "Detected": "predict",
     "Estimate": "estimation",
     "Failure": "types",
     "InfermillError": "errors",
@@ -52,8 +54,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Box",
     "BudgetError",
     "CardOptions",
+    "Detected",
     "Estimate",
     "Failure",
     "InfermillError",

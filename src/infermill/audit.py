@@ -16,11 +16,12 @@ from infermill.errors import JobMismatchError, UsageError
 from infermill.output import PLAN_FOLDER, SUCCESS_FILE, Output
 from infermill.parts import ERROR_TYPE, claimed_report, is_intact, part_name
 from infermill.record import Record, differing_totals, read_record, totals_of
+from infermill.sources.shards import label_type
 from infermill.types import PartitionReport, StoreOptions
 
 THREADS = 4
 MAX_PROBLEMS = 50
-PREDICTIONS = ("top", "embedding", "outputs")
+PREDICTIONS = ("top", "embedding", "outputs", "detections")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +221,10 @@ class _Audit:
         problems = [] if is_intact(content) else [f"{name} is not as it was written: its sha256 differs"]
         if planned is not None and not rows["key"].equals(planned):
             problems.append(f"{name} does not hold the keys of its partition")
-        if not _is_declared(rows.schema):
+        if not _is_declared(rows.schema, label_type(self.record.source)):
             return _Finding([*problems, f"{name} does not have the columns of a part"])
         failed = pc.is_valid(rows["error"])
-        odd = pc.sum(pc.equal(pc.is_valid(rows.column(3)), failed)).as_py()
+        odd = pc.sum(pc.equal(pc.is_valid(rows.column(-2)), failed)).as_py()
         if odd:
             problems.append(f"{name} has {odd} rows with neither or both of a prediction and an error")
         codes = Counter(pc.struct_field(rows["error"], "code").drop_null().to_pylist())
@@ -267,10 +268,13 @@ def _keys(content: bytes, partitions: int) -> list[pa.ChunkedArray | None]:
         return [None] * partitions
 
 
-def _is_declared(schema: pa.Schema) -> bool:
-    types = {"key": pa.string(), "etag": pa.string(), "size": pa.int64(), "error": ERROR_TYPE}
+def _is_declared(schema: pa.Schema, label: pa.DataType | None) -> bool:
+    types = {"key": pa.string(), "etag": pa.string(), "size": pa.int64()}
+    if label is not None:
+        types["label"] = label
+    types["error"] = ERROR_TYPE
     return (
-        [*schema.names[:3], *schema.names[4:]] == list(types)
-        and schema.names[3] in PREDICTIONS
+        [*schema.names[:-2], *schema.names[-1:]] == list(types)
+        and schema.names[-2] in PREDICTIONS
         and all(schema.field(name).type == kind for name, kind in types.items())
     )

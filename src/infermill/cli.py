@@ -16,7 +16,7 @@ from cyclopts.validators import mutually_exclusive
 from infermill import __version__
 from infermill.errors import BudgetError, InfermillError, UsageError
 from infermill.imports import leave_out_pandas
-from infermill.types import RETRYABLE, CardOptions, EngineName, Options, StoreOptions
+from infermill.types import RETRYABLE, CardOptions, DatasetHome, EngineName, Options, RuntimeName, Split, StoreOptions
 
 app = App(
     name="infermill",
@@ -26,15 +26,15 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(negative=()),
 )
-CARD = Group("Model (for a bare .onnx, or to override the card)", sort_key=3)
+CARD = Group("Model (for a bare network, or to override the card)", sort_key=3)
 JOB = Group("Job", sort_key=1)
 EXISTING = Group("Job that is there already", sort_key=2, validator=mutually_exclusive)
-Model = Annotated[str, Parameter(alias="-m", help="A model card, or a bare .onnx: a path or a URI.")]
+Model = Annotated[str, Parameter(alias="-m", help="A model card, an .onnx, or an MXNet checkpoint: a path or a URI.")]
 JobFlags = Annotated[Options, Parameter(name="*", group=JOB)]
 CardFlags = Annotated[CardOptions, Parameter(name="*", group=CARD)]
 StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
 Json = Annotated[bool, Parameter(help="Print the result as one JSON object.")]
-SOURCE_HELP = "A folder, file, glob, manifest (.txt, .parquet, or - for standard input), or an s3://, gs://, az:// URI."
+SOURCE_HELP = "Folder, file, glob, shard, manifest (.txt, .parquet, - for standard input), or s3://, gs://, az:// URI."
 Source = Annotated[str, Parameter(help=SOURCE_HELP, allow_leading_hyphen=True)]  # `-`
 Output = Annotated[str, Parameter(help="The folder or URI that `run` wrote to.")]
 NO_OPTIONS = Options()
@@ -148,7 +148,7 @@ def _within_budget(count: str, failed: int, planned: int, options: Options) -> i
 
 @app.command
 def inspect(
-    model: Annotated[str, Parameter(help="A network (.onnx) or a model card.")],
+    model: Annotated[str, Parameter(help="A network (.onnx, or an MXNet checkpoint) or a model card.")],
     /,
     *,
     write: Annotated[Path | None, Parameter(help="Write the model card to this new file.")] = None,
@@ -166,6 +166,47 @@ def inspect(
 
 
 @app.command
+def check(
+    source: Annotated[str | None, Parameter(help=f"{SOURCE_HELP} (default: random inputs)")] = None,
+    /,
+    *,
+    model: Model,
+    against: Annotated[RuntimeName, Parameter(help="The runtime that is right.")],
+    tolerance: Annotated[float, Parameter(help="Difference that is none, as a part of the largest value.")] = 1e-4,
+    json: Json = False,
+    options: JobFlags = NO_OPTIONS,
+    card: CardFlags = NO_CARD_OPTIONS,
+) -> int:
+    """Run a sample of SOURCE in two runtimes; where their answers differ, find the first layer that does."""
+    from infermill import report
+    from infermill.check import check as check_model
+
+    _log_to_stderr()
+    comparison = check_model(model, against, source, options, card, tolerance)
+    print(jsonlib.dumps(comparison.as_json()) if json else report.comparison_text(comparison))
+    return 0 if comparison.agrees else 1
+
+
+@app.command
+def convert(
+    model: Annotated[str, Parameter(help="An MXNet checkpoint: PREFIX, PREFIX-symbol.json, .params, .mar, or a card.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(alias="-o", help="The .onnx to write; its card is written beside it.")],
+    json: Json = False,
+    card: CardFlags = NO_CARD_OPTIONS,
+    store: StoreFlags = NO_STORE_OPTIONS,
+) -> int:
+    """Translate an MXNet checkpoint to ONNX, and write a model card for it. MXNet is not needed."""
+    from infermill import report
+    from infermill.models.conversion import convert_model
+
+    conversion = convert_model(model, output, store, card)
+    print(jsonlib.dumps(conversion.as_json()) if json else report.conversion_text(conversion))
+    return 0
+
+
+@app.command
 def doctor(
     *,
     json: Json = False,
@@ -178,9 +219,34 @@ def doctor(
     from infermill import report
     from infermill.doctor import examine
 
+    _log_to_stderr()
     findings = examine(Options(engine=engine, master=master, remote=remote, conf=conf))
     print(jsonlib.dumps([dataclasses.asdict(one) for one in findings]) if json else report.findings_text(findings))
     return 0 if all(one.usable or one.optional for one in findings) else 1
+
+
+datasets = App(name="datasets", help="Put a public data set where jobs read it: one object an image.")
+app.command(datasets)
+
+
+@datasets.command
+def cifar10(
+    *,
+    to: Annotated[str, Parameter(help="A folder or URI for the PNG files and labels.parquet.")],
+    archive: Annotated[str | None, Parameter(help="The .tar.gz, python or binary. (default: it is downloaded)")] = None,
+    split: Annotated[Split, Parameter(help="Which of its images.")] = "test",
+    json: Json = False,
+    home: Annotated[DatasetHome | None, Parameter(name="*")] = None,
+    store: StoreFlags = NO_STORE_OPTIONS,
+) -> int:
+    """Unpack CIFAR-10 into PNG files; those that are there already are not written again."""
+    from infermill import report
+    from infermill.datasets import unpack_cifar10
+
+    _log_to_stderr()
+    unpacked = unpack_cifar10(to, archive, split, store, home)
+    print(jsonlib.dumps(unpacked.as_json()) if json else report.unpacked_text(unpacked))
+    return 0
 
 
 @app.command

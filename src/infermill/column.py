@@ -25,7 +25,7 @@ from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.parts import errors_column
 from infermill.pipeline import PartitionRows, Share, Stages, run_pipeline
-from infermill.predictions import TaskRows
+from infermill.predictions import TaskRows, blank, infer, needs_sizes
 from infermill.runtimes import Predictor
 from infermill.shipping import ShippedModel, errors_told
 from infermill.stores import locate
@@ -73,7 +73,7 @@ def predict_column(job: ColumnJob, batches: Iterator[pa.Array]) -> Iterator[pa.A
         if first is None:
             return
         options = replace(job.options, threads=job.options.threads or task_cores(), workers=1)
-        model, predictor, tasks = _loaded(job.model, options.runtime, options.threads)
+        model, predictor, tasks = _loaded(job.model, options.runtime, options.runtime_python, options.threads)
         stages = _stages(first.type, model, options, predictor, tasks)
         with closing(run_pipeline(_shares(chain([first], batches)), stages, Meter())) as finished:
             yield from _in_order(finished, functools.partial(_column, tasks=tasks, column_type=job.column_type))
@@ -83,16 +83,16 @@ def load_batch_predict(job: ColumnJob) -> Callable[[NDArray[Any]], dict[str, NDA
     """Load the network, and return the function that `predict_batch_udf` calls with the rows of a batch."""
     with errors_told():
         options = replace(job.options, threads=job.options.threads or task_cores(), workers=1)
-        model, predictor, tasks = _loaded(job.model, options.runtime, options.threads)
+        model, predictor, tasks = _loaded(job.model, options.runtime, options.runtime_python, options.threads)
         stages = _stages(None, model, options, predictor, tasks)
-        blank, _ = tasks.finish(predictor(np.zeros((1, *predictor.input_shape), predictor.input_dtype)))
+        nothing, _ = tasks.finish(infer(predictor, blank(model, predictor)))
     names = _BATCH_NAMES.get(model.card.task, predictor.output_names)
 
     def predict(inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
         share = Share(0, [_Cell("", value=value) for value in inputs])
         with errors_told(), closing(run_pipeline([share], stages, Meter())) as finished:
             (rows,) = finished
-        kept = rows.kept or tuple(np.zeros((len(inputs), *array.shape[1:]), array.dtype) for array in blank)
+        kept = rows.kept or tuple(np.zeros((len(inputs), *array.shape[1:]), array.dtype) for array in nothing)
         for array in kept:
             array[list(rows.failures)] = {"f": np.nan, "i": -1}.get(array.dtype.kind, 0)
         return {name: _at_most_2d(array) for name, array in zip(names, kept, strict=True)}
@@ -100,7 +100,11 @@ def load_batch_predict(job: ColumnJob) -> Callable[[NDArray[Any]], dict[str, NDA
     return predict
 
 
-_BATCH_NAMES = {"classification": ("index", "score"), "embedding": ("embedding",)}
+_BATCH_NAMES = {
+    "classification": ("index", "score"),
+    "embedding": ("embedding",),
+    "detection": ("index", "score", "box", "count"),
+}
 
 
 def _at_most_2d(array: NDArray[Any]) -> NDArray[Any]:
@@ -109,10 +113,12 @@ def _at_most_2d(array: NDArray[Any]) -> NDArray[Any]:
 
 # Tasks of one worker process come one after the other, and it is forked before it has loaded anything.
 @functools.lru_cache(maxsize=MODELS_IN_A_PROCESS)
-def _loaded(shipped: ShippedModel, runtime: RuntimeName, threads: int | None) -> tuple[Model, Predictor, TaskRows]:
+def _loaded(
+    shipped: ShippedModel, runtime: RuntimeName, python: str | None, threads: int | None
+) -> tuple[Model, Predictor, TaskRows]:
     os.environ.update(task_devices())  # which this process has for good
     model = shipped.open()
-    return model, *load_predictor(model, Options(runtime=runtime, threads=threads), Meter())
+    return model, *load_predictor(model, Options(runtime=runtime, runtime_python=python, threads=threads), Meter())
 
 
 def _stages(kind: pa.DataType | None, model: Model, options: Options, predictor: Predictor, tasks: TaskRows) -> Stages:
@@ -125,14 +131,14 @@ def _stages(kind: pa.DataType | None, model: Model, options: Options, predictor:
     if kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         return replace(stages, fetch=_content)
     shape, dtype = predictor.input_shape, predictor.input_dtype
-    preprocess, decode = model.card.preprocess, stages.decode
+    preprocess, decode, sized = model.card.preprocess, stages.decode, needs_sizes(model)
 
     def to_array(value: Any) -> NDArray[np.generic]:
         if isinstance(value, bytes):
             return decode(value)
         if preprocess is not None:
             # Spark has no unsigned bytes: what comes from its columns are wider integers.
-            return prepare_array(to_row(value, np.shape(value), "uint8"), preprocess, options.decode)
+            return prepare_array(to_row(value, np.shape(value), "uint8"), preprocess, options.decode, sized=sized)
         return to_row(value, shape, dtype)
 
     if kind is None:
@@ -180,6 +186,10 @@ def _uri_fetcher(fetch: _Fetch) -> _Fetch:
         if uri.startswith("file:/") and not uri.startswith("file://"):
             uri = uri.removeprefix("file:")  # as Spark's `binaryFile` writes a path
         if not is_web(uri):
+            if "://" not in uri and uri and not uri.startswith("/"):
+                raise BadInputError(
+                    "fetch", "unreadable", f"{uri!r} is a relative path, and executors have folders of their own"
+                )
             try:
                 locate(uri)
             except UsageError as error:

@@ -66,7 +66,7 @@ def prepare_demo(cache: Path | None = None) -> DemoFiles:
     Raises:
         UsageError: the packages of the extra `demo` are missing, or `cache` cannot be written.
     """
-    from infermill.models.model import cache_folder
+    from infermill.models.files import cache_folder
 
     home = (cache or cache_folder()) / f"demo-{__version__}"
     files = DemoFiles(home / "model.yaml", home / "photos")

@@ -13,6 +13,7 @@ from typing import Any
 from infermill import engines
 from infermill.errors import InfermillError
 from infermill.java import find_java
+from infermill.runtimes.mxnet import find_python, installed_version
 from infermill.types import Options
 from infermill.worker import usable_cores
 
@@ -48,6 +49,7 @@ def examine(options: Options) -> list[Finding]:
         _openvino(),
         onnxruntime,
         _cuda(onnxruntime),
+        _mxnet(),
         *(_package(name, module) for name, module in _CORE),
         *(_package(name, module, f"pip install 'infermill[{extra}]'") for name, module, extra in _EXTRAS),
         _java(),
@@ -77,7 +79,8 @@ def _executors(options: Options) -> list[Finding]:
 def _executor(one: Mapping[str, Any]) -> Finding:
     runtimes = [f"{name} {one[name]}" for name in ("openvino", "onnxruntime") if one[name]]
     name = f"executor {one['executor']}".rstrip() + f" on {one['host']}"
-    told = [f"{one['cores']} cores", f"Python {one['python']}", f"infermill {one['infermill']}", *runtimes]
+    cores = f"{one['cores']} core{'' if one['cores'] == 1 else 's'}"
+    told = [cores, f"Spark {one['spark']}", f"Python {one['python']}", f"infermill {one['infermill']}", *runtimes]
     told += [f"GPU {one['gpus']}"] if one["gpus"] else []
     hint = "" if runtimes else "install openvino or onnxruntime for the Python of the executors"
     return Finding(name, bool(runtimes), ", ".join(told), hint)
@@ -128,6 +131,15 @@ def _cuda(onnxruntime: Finding) -> Finding:
         return Finding("CUDA", True, "ONNX Runtime's CUDA provider", optional=True)
     hint = "for an NVIDIA GPU: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
     return Finding("CUDA", False, "ONNX Runtime's CUDA provider is not there", hint, optional=True)
+
+
+def _mxnet() -> Finding:
+    """The Python that `--runtime mxnet` would start."""
+    try:
+        python = find_python()
+        return Finding("mxnet", True, f"{installed_version(python)} in {python}", optional=True)
+    except InfermillError as error:
+        return Finding("mxnet", False, error.message, error.hint, optional=True)
 
 
 def _java() -> Finding:

@@ -13,7 +13,8 @@ from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import open_model
 from infermill.pipeline import Share, run_pipeline
-from infermill.plan import cut, known_bytes
+from infermill.plan import cut, known_bytes, refs_of
+from infermill.runtimes import check_runtime
 from infermill.sources import list_source, rereadable
 from infermill.types import CardOptions, ObjectRef, Options
 from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of
@@ -51,9 +52,10 @@ def estimate(
     check_options(options)
     Budget.parse(options.max_failures)
     resolved = open_model(model, options, card_options or CardOptions())
+    check_runtime(resolved, options.runtime, options.runtime_python, is_here=True)
     tell_assumptions(resolved)
     started = time.monotonic()
-    sample = _Sample(PROBE_OBJECTS)
+    sample = Sample(PROBE_OBJECTS)
     objects = size_bytes = partitions = 0
     with rereadable(str(source)) as listed:
         where, batches = list_source(listed, options.suffix, options, suffixes_of(resolved))
@@ -86,7 +88,7 @@ def estimate(
     )
 
 
-class _Sample:
+class Sample:
     """A uniform sample of a stream of unknown length, the same at every call: the refs that drew the lowest numbers."""
 
     def __init__(self, size: int) -> None:
@@ -97,8 +99,7 @@ class _Sample:
     def add(self, table: pa.Table) -> None:
         numbers = self._random.random(table.num_rows)
         best = np.argsort(numbers)[: self._size]
-        rows = zip(*(table.take(best)[name].to_pylist() for name in ("key", "size", "etag")), strict=True)
-        drawn = [(float(number), ObjectRef(*row)) for number, row in zip(numbers[best], rows, strict=True)]
+        drawn = [(float(number), ref) for number, ref in zip(numbers[best], refs_of(table.take(best)), strict=True)]
         self._drawn = sorted([*self._drawn, *drawn], key=lambda pair: pair[0])[: self._size]
 
     @property

@@ -12,7 +12,7 @@ from os import environ
 from pathlib import Path
 
 from infermill.errors import InfermillError
-from infermill.models.model import cache_folder
+from infermill.models.files import cache_folder
 
 OLDEST_MAJOR = 17
 _ANSWER_SECONDS = 30

@@ -44,6 +44,7 @@ from infermill.record import (
     totals_of,
 )
 from infermill.refresh import refresher
+from infermill.runtimes import check_runtime
 from infermill.sources import list_source, rereadable
 from infermill.types import RETRYABLE, CardOptions, FailureCode, Options, PartitionReport, Summary
 from infermill.worker import Job, check_options, suffixes_of
@@ -105,7 +106,7 @@ def run(
             "append without a limit, to a job that was started without one",
         )
     started = time.monotonic()
-    opened = _open(model, options, card_options)
+    opened = _open(model, options, card_options, is_here=engine is None or callable(engine))
     place, meter = Output(str(output), options), Meter()
     changes: dict[str, Any] = {}
     with _started(engine, options) as running, rereadable(str(source)) as listed, display(meter):
@@ -181,7 +182,7 @@ def retry(
     if model is None:
         raise UsageError(f"{place.uri} does not say where its model is", "pass it with -m")
     options = record.completed(options)
-    opened = _open(model, options, card_options or record.card_options)
+    opened = _open(model, options, card_options or record.card_options, is_here=engine is None or callable(engine))
     check_same_job(record, fingerprint(None, opened, options), place.uri)
     with _started(engine, options) as running, display(meter):
         driver = _Driver(place, opened, options, meter, running, started)
@@ -212,10 +213,12 @@ def _started(engine: "Engine | SparkSession | None", options: Options) -> Abstra
     return nullcontext(engine if callable(engine) else engines.on_session(engine))
 
 
-def _open(model: str | Path | ModelCard, options: Options, card_options: CardOptions) -> Model:
+def _open(model: str | Path | ModelCard, options: Options, card_options: CardOptions, *, is_here: bool) -> Model:
     check_options(options)
     Budget.parse(options.max_failures)
     opened = open_model(model, options, card_options)
+    is_here = is_here and options.engine == "local"
+    check_runtime(opened, options.runtime, options.runtime_python, is_here=is_here)
     tell_assumptions(opened)
     return opened
 

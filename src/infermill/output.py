@@ -28,7 +28,8 @@ from infermill.durable import create_durably, private_file
 from infermill.errors import StoreError, UsageError
 from infermill.parts import claimed_report, part_content, part_name, revised_report
 from infermill.patience import Patience, is_passing, patiently
-from infermill.stores import STORE_ERRORS, Location, explain, is_nameable, locate, open_reader, open_store
+from infermill.reader import open_reader
+from infermill.stores import STORE_ERRORS, Location, explain, is_nameable, locate, open_store
 from infermill.types import PartitionReport, StoreOptions
 
 if TYPE_CHECKING:
@@ -392,13 +393,10 @@ class Output:
             raise StoreError(f"infermill did not write {place.uri}: {error}", "move it out of the way") from None
 
     def _read_in_pieces(self, place: Location, take: "Callable[[BufferedReader], Taken]") -> Taken:
-        def read() -> Taken:
-            while True:
-                with suppress(PreconditionError), open_reader(place, self._store) as file:
-                    return take(file)
-                # Another process has replaced it meanwhile, as a whole: its pieces belong together only if all are new.
-
-        return patiently(read, place.uri, self._options)
+        while True:
+            with suppress(PreconditionError), open_reader(place, self._store, self._options) as file:
+                return take(file)
+            # Another process has replaced it meanwhile, as a whole: its pieces belong together only if all are new.
 
 
 def _is_late(old: pa.Table, new: pa.Table) -> NDArray[np.bool_]:

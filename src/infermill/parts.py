@@ -26,14 +26,22 @@ def part_name(partition: int) -> str:
 
 
 def rows_table(
-    refs: Sequence[ObjectRef], columns: "Mapping[str, pa.Array[Any]]", failures: Mapping[int, Failure]
+    refs: Sequence[ObjectRef],
+    columns: "Mapping[str, pa.Array[Any]]",
+    failures: Mapping[int, Failure],
+    label: pa.DataType | None = None,
 ) -> pa.Table:
-    """The rows of a partition: key, etag, size, the task's columns and error (null where there is a prediction)."""
+    """The rows of a partition: key, etag, size, the task's columns and error (null where there is a prediction).
+
+    Where the source has labels, of the type `label`, they come before the task's columns.
+    """
+    labels = {} if label is None else {"label": pa.array([ref.label for ref in refs], label)}
     return pa.table(
         {
             "key": pa.array([ref.key for ref in refs], pa.string()),
             "etag": pa.array([ref.etag for ref in refs], pa.string()),
             "size": pa.array([None if ref.size < 0 else ref.size for ref in refs], pa.int64()),
+            **labels,
             **columns,
             "error": errors_column(failures, len(refs)),
         }

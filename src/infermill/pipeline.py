@@ -11,6 +11,7 @@ batch. An input that cannot be predicted becomes a failure at one place, `_guard
 pipeline and is raised to the caller.
 """
 
+import math
 import queue
 import threading
 import time
@@ -40,6 +41,8 @@ MAX_BYTES_IN_FLIGHT = 64 << 20
 OPEN_PARTITIONS = 16
 # Decoding and the network displace each other from the caches of a core: so each goes on for a while.
 BATCHES_IN_A_ROW = 4
+# At the end, what is left is shared: no thread has a whole batch to do while the others have none.
+LAST_BATCH_SIZE = 2
 _POLL_SECONDS = 0.1
 # A thread inside a read or the network cannot be interrupted; they are daemons, and are left behind.
 _JOIN_SECONDS = 1.0
@@ -329,7 +332,16 @@ class _Pipeline:
     def _take_batch(self) -> list[_Decoded]:
         self._predicting += 1
         self._work.notify()  # for there is room to decode
-        return [self._decoded.popleft() for _ in range(min(self._batch_size, len(self._decoded)))]
+        size = min(self._batch_size, len(self._decoded))
+        if self._is_last_stretch():
+            size = min(size, max(math.ceil(len(self._decoded) / self._stages.compute_threads), LAST_BATCH_SIZE))
+        return [self._decoded.popleft() for _ in range(size)]
+
+    def _is_last_stretch(self) -> bool:
+        """Whether shorter batches let the threads end at about the same time."""
+        network = self._network
+        assert network is not None  # noqa: S101 - a batch is taken only when there is one
+        return self._is_all_decoded() and network.is_on_cores and not network.is_fixed
 
     def _decode(self, item: _Input, data: "ReadableBuffer", lease: Lease) -> None:
         with self._stages.watch("decode", (item.place,)):

@@ -18,6 +18,7 @@ from infermill.errors import BadInputError
 from infermill.meter import Meter
 from infermill.models.card import ModelCard, Preprocess
 from infermill.models.model import open_model
+from infermill.predictions import infer, needs_sizes
 from infermill.runtimes import Predictor
 from infermill.types import CardOptions, Failure, Options
 from infermill.worker import load_predictor, usable_cores
@@ -37,10 +38,31 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle in pixels of the upright image; (0, 0) is its upper left corner."""
+
+    xmin: float
+    ymin: float
+    xmax: float
+    ymax: float
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """Something that was found in an image; `label` is None where the model has none for its class."""
+
+    label: str | None
+    index: int
+    score: float
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the network says of one input: one of `top`, `embedding` and `outputs` by task, or `error`."""
+    """What the network says of one input: one of `top`, `detections`, `embedding` and `outputs` by task, or `error`."""
 
     top: tuple[Label, ...] | None = None
+    detections: tuple[Detected, ...] | None = None
     embedding: NDArray[np.float32] | None = None
     outputs: dict[str, NDArray[np.generic]] | None = None
     error: Failure | None = None
@@ -77,7 +99,8 @@ def load_model(
     resolved = open_model(model, options, card_options)
     predictor, tasks = load_predictor(resolved, options, Meter())
     preprocess = resolved.card.preprocess
-    convert = _tensor_rows(predictor) if preprocess is None else _image_rows(preprocess, options)
+    sized = needs_sizes(resolved)
+    convert = _tensor_rows(predictor) if preprocess is None else _image_rows(preprocess, options, sized=sized)
 
     def row_of(item: Input) -> Row | Failure:
         try:
@@ -96,7 +119,7 @@ def load_model(
         good = [array for array in batch if not isinstance(array, Failure)]
         rows = iter(())  # type: Iterator[Prediction]
         if good:
-            values, finite = tasks.finish(predictor(np.stack(good)))
+            values, finite = tasks.finish(infer(predictor, np.stack(good)))
             rows = _predictions(tasks.columns(values, finite), finite)
         for array in batch:
             yield Prediction(error=array) if isinstance(array, Failure) else next(rows)
@@ -104,14 +127,14 @@ def load_model(
     return predict
 
 
-def _image_rows(preprocess: Preprocess, options: Options) -> Callable[[Any], Row]:
-    decode = image_decoder(preprocess, options.decode, options.max_pixels)
+def _image_rows(preprocess: Preprocess, options: Options, *, sized: bool) -> Callable[[Any], Row]:
+    decode = image_decoder(preprocess, options.decode, options.max_pixels, sized=sized)
 
     def to_pixels(item: Any) -> Row:
         if isinstance(item, PIL.Image.Image):
-            return prepare(item, preprocess, options.decode)
+            return prepare(item, preprocess, options.decode, sized=sized)
         if isinstance(item, np.ndarray):
-            return prepare_array(item, preprocess, options.decode)
+            return prepare_array(item, preprocess, options.decode, sized=sized)
         return decode(_content(item))
 
     return to_pixels
@@ -152,6 +175,9 @@ def _predictions(columns: dict[str, Any], finite: NDArray[np.bool_]) -> Iterator
             yield Prediction(error=Failure("predict", "nonfinite", "the network answered NaN or infinity"))
         elif "top" in columns:
             yield Prediction(top=tuple(Label(**one) for one in columns["top"][row].as_py()))
+        elif "detections" in columns:
+            found = columns["detections"][row].as_py()
+            yield Prediction(detections=tuple(Detected(**one | {"box": Box(**one["box"])}) for one in found))
         elif "embedding" in columns:
             yield Prediction(embedding=columns["embedding"][row].values.to_numpy())
         else:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from infermill import __version__
 from infermill.errors import InfermillError, JobMismatchError, StoreError
-from infermill.models.card import ModelCard, Preprocess
+from infermill.models.card import ModelCard, Preprocess, deciding_fields
 from infermill.models.model import Model
 from infermill.output import JOB_FILE, PLAN_FOLDER, SUCCESS_FILE, Output
 from infermill.plan import PlanInfo, write_plan
@@ -82,7 +82,7 @@ def fingerprint(source: str | None, model: Model, options: Options) -> dict[str,
         model: the model, with its files.
         options: how the job is run.
     """
-    card = model.card.model_dump(mode="json", include={"task", "input", "preprocess", "output"})
+    card = deciding_fields(model.card)
     # So that a refusal has a line for each field, from an image to a tensor and back.
     card["preprocess"] = card["preprocess"] or dict.fromkeys(Preprocess.model_fields)
     return {

@@ -14,8 +14,11 @@ from infermill.types import Summary
 
 if TYPE_CHECKING:
     from infermill.audit import JobStatus, Verification
+    from infermill.check import Comparison
+    from infermill.datasets import Unpacked
     from infermill.doctor import Finding
     from infermill.estimation import Estimate
+    from infermill.models.conversion import Conversion
     from infermill.models.inspection import Inspection
 
 
@@ -163,6 +166,47 @@ def inspection_text(inspection: "Inspection") -> str:
     if inspection.written is None:
         lines += ["", Text("--write model.yaml keeps this card", style="dim")]
     return _rendered(lines)
+
+
+def conversion_text(conversion: "Conversion") -> str:
+    """What was assumed, and the two files that were written, on a line each."""
+    lines: list[RenderableType] = [Text(f"assumed: {line}", style="yellow") for line in conversion.assumptions]
+    return _rendered([*lines, Text(str(conversion.network)), Text(str(conversion.card))])
+
+
+def comparison_text(comparison: "Comparison") -> str:
+    """How far the answers of two runtimes are apart, and the layer where that begins."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("output", "max |Δ|", "of the largest value", "same top-1"):
+        table.add_column(column, justify="left" if column == "output" else "right")
+    for one in comparison.outputs:
+        top1 = "" if one.top1 is None else f"{one.top1:.1%}"
+        table.add_row(Text(_visible(one.name)), f"{one.absolute:.2g}", f"{one.relative:.2g}", top1)
+    skipped = f", {comparison.skipped:,} cannot be decoded" if comparison.skipped else ""
+    what = f"{comparison.runtime} against {comparison.against}: {comparison.inputs:,} inputs{skipped}"
+    lines: list[RenderableType] = [Text(what), "", table, ""]
+    tolerance, layer = f"{comparison.tolerance:g} of the largest value", comparison.layer
+    if comparison.agrees:
+        lines.append(Text.assemble(("agree", "green"), f": no output differs by more than {tolerance}"))
+    elif layer is None:
+        lines += [
+            Text.assemble(("differ", "red"), f" by more than {tolerance}, and no layer does by itself"),
+            Text("Runtimes join layers, unless they have to tell what is between: what they join is what differs."),
+        ]
+    else:
+        name = f"{_visible(layer.node)} ({layer.operator})" if layer.operator else _visible(layer.node)
+        apart = f"{layer.inside:.2g} in, {layer.outside:.2g} out ({layer.relative:.2g} of the largest value)"
+        lines += [
+            Text.assemble(("differ", "red"), f" by more than {tolerance}, first at ", (name, "bold")),
+            Text(f"max |Δ| there: {apart}"),
+        ]
+    return _rendered(lines)
+
+
+def unpacked_text(unpacked: "Unpacked") -> str:
+    """How many images lie where, and the file of their labels."""
+    before = f", {unpacked.skipped:,} of them from before" if unpacked.skipped else ""
+    return f"{unpacked.images:,} images in {_visible(unpacked.to)}{before}; labels in {_visible(unpacked.labels)}"
 
 
 def findings_text(findings: "Sequence[Finding]") -> str:

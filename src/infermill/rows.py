@@ -15,7 +15,9 @@ def read(output: str | os.PathLike[str], options: StoreOptions | None = None) ->
     """All rows of a job as one Arrow table, in the order of the plan.
 
     Returns:
-        key, etag, size, the prediction column of the task (`top`, `embedding` or `outputs`) and `error`.
+        key, etag, size, the prediction column of the task (`top`, `detections`, `embedding` or `outputs`) and `error`;
+        before the prediction a column `label` where the source has labels: of RecordIO (list of float32), tar
+        (string) and CIFAR (int32).
 
     Raises:
         UsageError: no part is there.

@@ -5,8 +5,9 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from py4j.protocol import Py4JError
@@ -16,7 +17,7 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from infermill.errors import InfermillError, UsageError
-from infermill.java import find_java
+from infermill.java import Java, find_java
 from infermill.types import Options
 from infermill.worker import usable_cores
 
@@ -26,14 +27,14 @@ _STDERR = 2
 _LOGGING = Path(__file__).with_name("log4j2.properties")
 
 
-@contextmanager
-def spark_session(options: Options) -> Iterator[SparkSession]:
-    """Start Spark, or connect to it; what was started ends with the context.
+def spark_session(options: Options) -> AbstractContextManager[SparkSession]:
+    """A context in which Spark is started, or connected to; what can be told before, is told at once.
 
     A session that this process has already is taken as it is where no option asks for another one.
 
     Raises:
-        UsageError: a `--conf` is not `key=value`, or this process has a session and another one is asked for.
+        UsageError: a `--conf` is not `key=value`, Spark refuses a setting, or this process has a session and another
+            one is asked for.
         InfermillError: there is no Java, or Spark does not start, or nothing answers at `--remote` or `--master`.
     """
     conf = parsed_conf(options.conf)
@@ -44,14 +45,19 @@ def spark_session(options: Options) -> Iterator[SparkSession]:
                 "this process has a Spark session, and can have no other",
                 "pass it as engine=session, or stop it first",
             )
-        yield active
-        return
+        return nullcontext(active)
+    return _ending(_connector(options.remote, conf) if options.remote else _starter(options.master or "local[*]", conf))
+
+
+@contextmanager
+def _ending(start: Callable[[], SparkSession]) -> Iterator[SparkSession]:
+    """What is started ends with the context."""
     with ExitStack() as ending:
         if SparkContext._gateway is None:
             ending.callback(_end_java)
         # A remote session leaves it, and no other can start with it.
         ending.callback(os.environ.pop, "SPARK_CONNECT_MODE_ENABLED", None)
-        session = _connected(options.remote, conf) if options.remote else _started(options.master or "local[*]", conf)
+        session = start()
         ending.callback(session.stop)
         yield session
 
@@ -83,15 +89,29 @@ def parsed_conf(settings: tuple[str, ...]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _connected(remote: str, conf: Mapping[str, str]) -> SparkSession:
+def _connector(remote: str, conf: Mapping[str, str]) -> Callable[[], SparkSession]:
     address = re.match(r"sc://(\[[^]]*\]|[^:/;]+)(?::(\d+))?", remote)
     if address:  # Spark itself would ask for ten minutes
         _reach(
             [f"{address[1]}:{address[2] or CONNECT_PORT}"],
             "Spark Connect server",
-            "start one with $SPARK_HOME/sbin/start-connect-server.sh, or check --remote",
+            "start one with sbin/start-connect-server.sh of Spark or of the package pyspark, or check --remote",
         )
-    return _built(SparkSession.builder.remote(remote), conf, f"--remote {address[0] if address else 'URL'}")
+    return partial(_connect, remote, conf, f"--remote {address[0] if address else 'URL'}")
+
+
+def _connect(remote: str, conf: Mapping[str, str], where: str) -> SparkSession:
+    session = _built(SparkSession.builder.remote(remote), {}, where)
+    for key, value in conf.items():  # the builder would only warn where the server refuses one
+        try:
+            session.conf.set(key, value)
+        except PySparkException as error:
+            session.stop()
+            raise UsageError(
+                f"{where} does not take --conf {key}: {first_line(error)}",
+                "set it where the server is started; a client sets what begins with spark.sql, and not all of that",
+            ) from None
+    return session
 
 
 def _reach(places: Iterable[str], what: str, hint: str) -> None:
@@ -110,11 +130,16 @@ def _reach(places: Iterable[str], what: str, hint: str) -> None:
     raise InfermillError(f"no {what} answers at {', '.join(reasons)}", hint) from None
 
 
-def _started(master: str, conf: Mapping[str, str]) -> SparkSession:
+def _starter(master: str, conf: Mapping[str, str]) -> Callable[[], SparkSession]:
     java = find_java()
     if re.fullmatch(r"spark://[^/]+:\d+", master):  # Spark itself would ask for a minute
         masters = master.removeprefix("spark://").split(",")
-        _reach(masters, "Spark master", "start one with $SPARK_HOME/sbin/start-master.sh, or check --master")
+        start = "spark-class org.apache.spark.deploy.master.Master --host NAME"
+        _reach(masters, "Spark master", f"start one with `{start}`, or check --master")
+    return partial(_start, master, conf, java)
+
+
+def _start(master: str, conf: Mapping[str, str], java: Java) -> SparkSession:
     defaults = {
         "spark.app.name": "infermill",
         "spark.driver.defaultJavaOptions": f"-Dlog4j2.configurationFile={_LOGGING.as_uri()}",
@@ -154,7 +179,8 @@ def _start_java(settings: Mapping[str, str], what: str) -> None:
         gateway = launch_gateway(SparkConf(loadDefaults=False).setAll(list(settings.items())), {"stderr": writing})
     except PySparkException as error:
         os.close(writing)
-        raise InfermillError(f"Spark does not start with {what}: {said.reason() or error}", _HINT) from None
+        # This Java has started before; what it was given now are the settings.
+        raise UsageError(f"Spark does not start with {what}: {said.reason() or error}", _SETTINGS_HINT) from None
     os.close(writing)
     said.show()
     SparkContext._ensure_initialized(gateway=gateway)
@@ -212,11 +238,18 @@ def _built(builder: SparkSession.Builder, conf: Mapping[str, str], what: str) ->
     try:
         return builder.getOrCreate()
     except (PySparkException, Py4JError, OSError, RuntimeError) as error:
-        raise InfermillError(f"Spark does not start with {what}: {first_line(error)}", _HINT) from None
+        causes = re.findall(r"^Caused by: (.+)", str(error), re.MULTILINE)
+        reason = causes[-1] if causes else first_line(error)
+        message = f"Spark does not start with {what}: {reason}"
+        if _SETTING.search(reason):
+            raise UsageError(message, _SETTINGS_HINT) from None
+        raise InfermillError(message, _HINT) from None
 
 
 _HINT = "check the address and the settings; `infermill doctor` says which Java is used"
-
+_SETTINGS_HINT = "check --master, and the setting that this is about: --conf key=value, or spark-defaults.conf"
+# How Spark and Java speak of a value that cannot be right, rather than of what does not answer.
+_SETTING = re.compile(r"IllegalArgumentException|NumberFormatException| has to be | must be |master URL", re.IGNORECASE)
 
 _LOST_TASK = re.compile(r"^.* most recent failure: Lost task \S+ in stage \S+ \(TID \d+\) \([^)]*\): ")
 

@@ -32,8 +32,9 @@ from pyspark.sql import SparkSession
 import infermill
 from infermill import errors
 from infermill.errors import InfermillError, ModelError
-from infermill.models.bundle import cache_errors, cache_lock, current_digest, pack, unpack
-from infermill.models.model import Model, cache_folder, open_model
+from infermill.models.bundle import current_digest, pack, unpack
+from infermill.models.files import cache_errors, cache_folder, cache_lock
+from infermill.models.model import Model, open_model
 from infermill.stores import locate
 from infermill.types import CardOptions, StoreOptions
 
@@ -192,7 +193,9 @@ def _is_remote(uri: str, model: Model) -> bool:
     """Whether another machine can open the same: neither the card, the network nor the labels are files of this one."""
     labels = model.card.labels
     are_labels_local = isinstance(labels, str) and Path(labels).is_absolute()
-    return "://" in uri and model.network.is_relative_to(cache_folder()) and not are_labels_local
+    network = (model.network,) if model.checkpoint is None else model.checkpoint.files.values()
+    is_network_local = not all(path.is_relative_to(cache_folder()) for path in network)
+    return "://" in uri and not is_network_local and not are_labels_local
 
 
 def task(function: Callable[..., Any], *given: Any) -> Callable[..., Any]:

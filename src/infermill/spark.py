@@ -37,7 +37,8 @@ from infermill.models.fit import chosen_outputs
 from infermill.models.model import Model, open_model
 from infermill.models.onnx import inspect_network
 from infermill.parts import ERROR_TYPE
-from infermill.predictions import TOP_TYPE
+from infermill.predictions import DETECTIONS_TYPE, TOP_TYPE
+from infermill.runtimes import check_runtime
 from infermill.shipping import runs_here, ship_code, ship_model, task
 from infermill.stores import locate
 from infermill.types import CardOptions, Options
@@ -72,8 +73,9 @@ def predict(
         input: the column to predict on. Binary: image files, as `spark.read.format("binaryFile")` reads them. String:
             paths or URIs that the executors fetch. Arrays or structs of numbers: rows of a network that takes tensors.
         output: the new column, which takes the place of one of this name. It is a struct: by task `top` (array of
-            index, label, score), `embedding` (array of float) or `outputs` (struct of one flat array for each output
-            of the network); and always `error` (stage, code, message), which is null where there is a prediction.
+            index, label, score), `detections` (array of label, index, score, box), `embedding` (array of float) or
+            `outputs` (struct of one flat array for each output of the network); and always `error` (stage, code,
+            message), which is null where there is a prediction.
         options: runtime, decode profile, threads (default: the cores of a Spark task) and how stores are reached.
         card_options: what the model card does not say, or says otherwise.
 
@@ -133,7 +135,8 @@ def make_predict_fn(
 
     That takes an array of encoded images (bytes), of images (uint8 [N, height, width, 3] or [N, height, width]), or
     of tensors, and returns a dict of arrays: for a classification `index` and `score`, each [N, top_k]; for an
-    embedding `embedding` [N, n]; else the outputs of the network, [N, n] each. Where a row has no prediction, they
+    embedding `embedding` [N, n]; for a detection `count` [N] of `index`, `score`, each [N, max_detections], and `box`
+    [N, 4 * max_detections]; else the outputs of the network, [N, n] each. Where a row has no prediction, they
     are NaN and -1 (0 where the type has no such). `predict` says why, and takes URIs.
 
     Args:
@@ -278,6 +281,7 @@ def _function(session: SparkSession, model: Model, options: Options) -> Any:
 def _job(session: SparkSession, model: Model, options: Options) -> ColumnJob:
     """Send what the workers need, and say what they will answer."""
     check_options(options)
+    check_runtime(model, options.runtime, options.runtime_python, is_here=False)
     column_type = _column_type(model, options)
     if not runs_here(session):
         ship_code(session)
@@ -290,6 +294,8 @@ def _column_type(model: Model, options: Options) -> pa.DataType:
         column = pa.field("top", TOP_TYPE)
     elif model.card.task == "embedding":
         column = pa.field("embedding", pa.list_(pa.float32()))
+    elif model.card.task == "detection":
+        column = pa.field("detections", DETECTIONS_TYPE)
     else:
         column = pa.field("outputs", _outputs_type(model, options))
     return pa.struct([column, pa.field("error", ERROR_TYPE)])

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from infermill.decode.image import image_decoder
-from infermill.decode.tensor import tensor_decoder
+from infermill.decode.image import Row, image_decoder, prepare_array
+from infermill.decode.tensor import tensor_decoder, to_row
 from infermill.errors import BadInputError, StoreError, UsageError
 from infermill.fetch import fetcher
 from infermill.hosts import AllowList
+from infermill.members import member_fetcher
 from infermill.meter import Meter
 from infermill.models.fit import tensor_shape
 from infermill.models.model import Model
@@ -27,15 +28,21 @@ from infermill.parts import rows_table
 from infermill.patience import has_answered
 from infermill.pipeline import Network, PartitionRows, Share, Stages, Watch, run_pipeline, unwatched
 from infermill.plan import PlanInfo, Revision, partition_reader
-from infermill.predictions import TaskRows, rows_for
+from infermill.predictions import TaskRows, infer, needs_sizes, rows_for
 from infermill.runtimes import MODULES, Predictor, load
 from infermill.sources import IMAGE_SUFFIXES, TENSOR_SUFFIXES
+from infermill.sources.cifar import name_of
+from infermill.sources.shards import label_type
 from infermill.types import Assignment, DecodeProfile, ObjectRef, Options, PartitionReport, Source
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FETCH_THREADS = 4
 REMOTE_FETCH_THREADS = 32
 WRITE_THREADS = 2
-DECODED_BYTES = 32 << 20
+# What one core decodes while the other one loads the network.
+DECODED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class LoadedNetwork:
 
     def get(self, model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
         """A model's predictor and its task, loaded where it is not the one that is there."""
-        key = (model.digest, options.runtime, _threads(options))
+        key = (model.digest, options.runtime, options.runtime_python, _threads(options))
         with self._lock:
             if self._loaded is None or self._key != key:
                 self._loaded = None  # before the next one takes as much memory
@@ -101,6 +108,7 @@ def run_partitions(
     output = Output(job.output, job.options)
     revision, refs = _revision_and_refs(job, output)
     network = network or LoadedNetwork()
+    label = label_type(job.source)
 
     def loaded() -> tuple[Predictor, TaskRows]:
         return network.get(job.model, job.options, meter)
@@ -109,7 +117,7 @@ def run_partitions(
         predictor, tasks = loaded()
         started = time.perf_counter()
         report = _report(rows, predictor)
-        table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures)
+        table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures, label)
         if rows.partition in revision:
             report = output.revise_part(rows.partition, revision.rows(rows.partition), table, report, job.notes)
         else:
@@ -164,7 +172,7 @@ def suffixes_of(model: Model) -> tuple[str, ...]:
 def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
     """Load the network."""
     check_options(options)
-    predictor = load(model, options.runtime, _threads(options))
+    predictor = load(model, options.runtime, _threads(options), options.runtime_python)
     meter.loaded()
     return predictor, rows_for(model, predictor)
 
@@ -187,7 +195,7 @@ def check_options(options: Options) -> None:
 def network_of(predictor: Predictor, tasks: TaskRows) -> Network:
     """A predictor and its task, as the pipeline runs them."""
     return Network(
-        predictor,
+        functools.partial(infer, predictor),
         tasks.finish,
         predictor.streams,
         predictor.batch_size,
@@ -202,14 +210,19 @@ def stages_of(
     """The functions and thread counts of this worker's pipeline."""
     is_local = source.root.startswith("/") and not source.keys_are_uris
     preprocess, dtype = model.card.preprocess, model.card.input.dtype
+    holds_pixels = name_of(source.shards) is not None
     if preprocess is None:
         shape = tensor_shape(inspect_network(model.network).inputs[0])
         decode, row_bytes = tensor_decoder(shape, dtype), math.prod(shape) * np.dtype(dtype).itemsize
+        if holds_pixels:
+            decode = _of_array(to_row, shape, dtype)
     else:
-        decode = image_decoder(preprocess, options.decode, options.max_pixels)
+        decode = image_decoder(preprocess, options.decode, options.max_pixels, sized=needs_sizes(model))
+        if holds_pixels:
+            decode = _of_array(functools.partial(prepare_array, sized=needs_sizes(model)), preprocess, options.decode)
         row_bytes = math.prod(preprocess.height_width or (1, 1)) * 3
     return Stages(
-        fetch=fetcher(source, options),
+        fetch=member_fetcher(source, options) if source.shards else fetcher(source, options),
         decode=decode,
         load=load,
         fetch_threads=FETCH_THREADS if is_local else REMOTE_FETCH_THREADS,
@@ -217,6 +230,11 @@ def stages_of(
         decoded_images=max(DECODED_BYTES // row_bytes, 1),
         watch=watch,
     )
+
+
+def _of_array(prepare: Callable[..., Row], *arguments: object) -> "Callable[[ReadableBuffer], Row]":
+    """A decoder of pixels that are fetched as they are."""
+    return lambda data: prepare(np.asarray(data), *arguments)
 
 
 def _threads(options: Options) -> int:

@@ -15,9 +15,9 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from pyspark import inheritable_thread_target
@@ -28,9 +28,12 @@ from pyspark.sql.functions import spark_partition_id
 from infermill import shipping
 from infermill.engines import Engine, spark_task
 from infermill.errors import InfermillError, UsageError
+from infermill.hosts import is_web
 from infermill.meter import Counts, Meter
-from infermill.output import Output
+from infermill.output import PLAN_FOLDER, Output
+from infermill.plan import partition_reader
 from infermill.session import first_line, local_cores, spark_session
+from infermill.stores import locate, place_of
 from infermill.types import Options, PartitionReport
 from infermill.worker import Job
 
@@ -40,6 +43,8 @@ PARTITIONS_PER_TASK = 8
 "At most: a pipeline runs empty at the end of each task, and other executors may join later."
 TAIL_PARTITIONS = 20
 "Of which it is told where they are, when no more are left."
+WITNESSES = 64
+"So many files, at most, of which an executor must see one."
 _POLL_SECONDS = 1.0
 _LONGEST_POLL_SECONDS = 30.0
 _SPREAD_SECONDS = 0.3
@@ -48,16 +53,31 @@ logger = logging.getLogger("infermill")
 
 @contextmanager
 def start(options: Options) -> Iterator[Engine]:
-    """Start Spark, or connect to it, as the options say.
+    """Start Spark, or connect to it, as the options say, when there is something to run: not for a job that is done.
 
     Raises:
         UsageError, InfermillError: as `session.spark_session`.
     """
     _check(options)
+    session = spark_session(options)
+    with ExitStack() as started:
+
+        @cache
+        def start_once() -> SparkSession:
+            _tell_start(options)
+            return started.enter_context(session)
+
+        def run(job: Job, ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:
+            meter.activity = "starting Spark"
+            yield from on(start_once())(job, ids, meter)
+
+        yield run
+
+
+def _tell_start(options: Options) -> None:
+    """It takes some ten seconds."""
     where = options.remote or options.master or "this machine"
     logger.info("starting Spark on %s", where if "token=" not in where else "a Spark Connect server")
-    with spark_session(options) as session:
-        yield on(session)
 
 
 def _check(options: Options) -> None:
@@ -88,10 +108,10 @@ def _run(
     per_task = partitions_per_task or min(-(-len(ids) // (TASKS_PER_SLOT * shape.slots)), PARTITIONS_PER_TASK)
     shares = [tuple(ids[at : at + per_task]) for at in range(0, len(ids), per_task)]
     model = shipping.ship_model(session, job.model, job.options)
-    run = uuid.uuid4().hex
-    function = shipping.task(spark_task.run, spark_task.Work(job, model, shares, run))
+    run, place = uuid.uuid4().hex, Output(job.output, job.options)
+    witnesses = () if shipping.runs_here(session) else _witnesses(place, job, ids[0])
+    function = shipping.task(spark_task.run, spark_task.Work(job, model, shares, run, witnesses))
     frame = session.range(0, len(shares), 1, len(shares)).mapInArrow(function, "answer string", profile=shape.profile)
-    place = Output(job.output, job.options)
     watch = _Watch(place, job, shares, meter, run)
     place.delete(watch.notes())  # of a driver that was killed
     answer = _Collected(session, frame)
@@ -101,6 +121,17 @@ def _run(
         yield from _answered(answer.rows(), watch, meter)
     finally:
         answer.cancel()
+
+
+def _witnesses(place: Output, job: Job, partition: int) -> tuple[str, ...]:
+    """Files of a partition that are there; what was deleted, or never there, is missing on every machine."""
+    root = locate(job.source.root)
+    if not (root.is_local or job.source.keys_are_uris):
+        return ()
+    refs = partition_reader(job.plans, lambda name: place.read_existing(f"{PLAN_FOLDER}/{name}"))(partition)
+    keys = [ref.key.partition("#")[0] if job.source.shards else ref.key for ref in refs[:WITNESSES]]
+    places = [place_of(key, job.source, root) for key in dict.fromkeys(keys) if not is_web(key)]
+    return tuple(one.uri for one in places if one.is_local and spark_task.is_there(one.uri))
 
 
 def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter) -> Iterator[PartitionReport]:
@@ -257,6 +288,7 @@ def _shape(session: SparkSession) -> _Shape:
 
 def survey_of(options: Options) -> list[dict[str, Any]]:
     """The survey of a session that is started, or connected to, as the options say."""
+    _tell_start(options)
     with spark_session(options) as session:
         return survey(session)
 

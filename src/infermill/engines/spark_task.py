@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyspark
 from pyspark import TaskContext
 
 from infermill import __version__, shipping
@@ -48,6 +49,8 @@ class Work:
     "The partitions of each task."
     run: str
     "Names what this run leaves in the output while it runs."
+    witnesses: Sequence[str] = ()
+    "Files of the source that the driver sees: a machine on which none of them is there does not see the source."
 
 
 def run(work: Work, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -68,7 +71,7 @@ def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
     options = replace(work.job.options, threads=work.job.options.threads or task_cores())
     job, meter = replace(work.job, options=options, model=_model(work.model)), Meter()
     trust_stores(job)
-    _check_folders(job)
+    _check_files(job, work.witnesses)
     place, note = Output(job.output, options), f"{RUNNING_FOLDER}/{work.run}-{number}-{context.attemptNumber()}"
     place.create(note, socket.gethostname().encode())
     try:
@@ -87,15 +90,23 @@ def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
     yield _answer({"worker": worker, "counts": asdict(meter.drain())})
 
 
-def _check_folders(job: Job) -> None:
-    """Raise StoreError where a folder that the driver has seen is not on this machine: no object of it is missing."""
+def _check_files(job: Job, witnesses: Sequence[str]) -> None:
+    """Raise StoreError where this machine does not see what the driver sees: no object of it is missing."""
     needed = [f"{job.output}/{JOB_FILE}", *(() if job.source.keys_are_uris else (job.source.root,))]
-    for path in needed:
-        if path.startswith("/") and not Path(path).exists():
-            raise StoreError(
-                f"{path} is not there on {socket.gethostname()}",
-                "executors need source and output under the driver's paths: use a store, or folders that all share",
-            )
+    absent = [path for path in needed if path.startswith("/") and not is_there(path)]
+    # A mount point without its mount is there, and empty.
+    if not absent and witnesses and not any(map(is_there, witnesses)):
+        absent = [witnesses[0]]
+    if absent:
+        raise StoreError(
+            f"{absent[0]} is there on the driver, and not on {socket.gethostname()}",
+            "mount source and output at the same path on every node, or use a store",
+        )
+
+
+def is_there(path: str) -> bool:
+    """Whether this process sees a file or folder of that name."""
+    return os.path.exists(path)  # noqa: PTH110 - where a folder may not be entered, Path.exists is an error
 
 
 def _answer(content: Mapping[str, object]) -> pa.RecordBatch:
@@ -130,6 +141,7 @@ def describe(seconds: float, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.R
             "cores": cores or task_cores(),
             "python": platform.python_version(),
             "infermill": __version__,
+            "spark": pyspark.__version__,  # the cluster's own, whatever this Python has installed
             "openvino": _version("openvino"),
             "onnxruntime": _version("onnxruntime"),
             "gpus": visible_gpus(),
