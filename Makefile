@@ -24,6 +24,8 @@ bench: .venv/installed
 	$(UV) run --no-sync python benchmarks/bench_plan.py
 	$(UV) run --no-sync python benchmarks/bench_protocol.py
 	$(UV) run --no-sync python benchmarks/bench_spark.py
+	$(MAKE) --no-print-directory mxnet-env
+	$(UV) run --no-sync python benchmarks/bench_mxnet.py .make/mxnet/bin/python
 
 format: .venv/installed
 	$(UV) run --no-sync ruff format

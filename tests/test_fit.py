@@ -53,6 +53,14 @@ def test_a_large_classifier_is_guessed_to_be_of_imagenet(tmp_path: Path, size: i
     assert "those of ImageNet training" in notes
 
 
+def test_images_that_are_stretched_to_the_size_of_the_network_are_not_cropped(tmp_path: Path) -> None:
+    path = tiny_classifier(tmp_path / "large.onnx", size=224)
+    card, notes = guess_card(path, inspect_network(path), CardOptions(exact=(224, 224)))
+    assert card.preprocess is not None
+    assert card.preprocess.crop is None
+    assert "crop" not in "".join(notes)
+
+
 def test_a_network_of_any_size_is_guessed_to_take_224(tmp_path: Path) -> None:
     card, notes = guessed(tiny_classifier(tmp_path / "any.onnx", size=None))
     assert preprocess_of(card).height_width == (224, 224)

@@ -165,7 +165,7 @@ def _guess_size(size: tuple[int, int], given: CardOptions, notes: list[str], *, 
     is_guessed = given.shorter is None and given.exact is None and given.letterbox is None
     if given.letterbox is not None:
         return {"resize": {"letterbox": size}}
-    if stretched:
+    if stretched or given.exact == size:
         if is_guessed:
             notes.append(f"preprocess.resize stretches images to {size[0]}x{size[1]}")
         return {"resize": {"exact": size}}
