@@ -85,7 +85,7 @@ def test_a_classifier_of_one_class_ends_in_a_sigmoid(shape: tuple[str | int, ...
     [
         (CardOptions(task="embedding"), ["task is", "output.activation", "labels are"]),
         (CardOptions(labels="labels.txt"), ["labels are"]),
-        (CardOptions(exact=(224, 224)), ["preprocess.resize"]),
+        (CardOptions(exact=(224, 224)), ["preprocess.resize", "preprocess.crop"]),
         (CardOptions(shorter=256), ["preprocess.resize"]),
         (CardOptions(crop=(224, 224)), ["preprocess.crop", "images are made"]),
         (CardOptions(color="BGR"), ["preprocess.color"]),
