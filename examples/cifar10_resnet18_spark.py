@@ -3,7 +3,6 @@
     python examples/cifar10_resnet18_spark.py s3://bucket/cifar10/test/ resnet-18 s3://bucket/predictions/ \
         --labels synset.txt --master spark://head:7077
 
-The table of predictions stays in the bucket; of its first rows, this prints what the recipe logged for each.
 docs/recipe-2017.md tells how the images get there. Run it again after an interruption: it goes on where it stopped.
 """
 
@@ -25,10 +24,9 @@ def main(
     conf: tuple[str, ...] = (),
     side: int = 224,
 ) -> None:
-    options = infermill.Options(engine="spark", master=master, conf=conf)
     # The recipe stretched images of 32x32 to what the network was trained with, by Pillow's ANTIALIAS.
     card = infermill.CardOptions(labels=labels, exact=(side, side), filter="lanczos", top_k=5)
-    summary = infermill.run(source, model, output, options, card)
+    summary = infermill.run(source, model, output, infermill.Options(engine="spark", master=master, conf=conf), card)
     for row in next(infermill.read_batches(output)).slice(0, 10).to_pylist():
         print(row["key"])
         if row["error"]:

@@ -30,6 +30,7 @@ def _convolutions(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield deconv(data, kernel=(3, 3), num_filter=6, stride=(3, 2), pad=(1, 1), adj=(2, 1), no_bias=False), IMAGE
     yield deconv(data, kernel=(3, 3), num_filter=6, stride=(2, 2), adj=(1, 1)), IMAGE
     yield deconv(data, kernel=(4, 4), num_filter=6, stride=(2, 2), target_shape=(18, 21)), IMAGE
+    yield deconv(data, kernel=(3, 3), num_filter=6, dilate=(2, 2)), IMAGE
     yield deconv(data, kernel=(3,), num_filter=6, stride=(2,)), ROWS
 
 
@@ -191,7 +192,6 @@ def _reductions(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield sym.log_softmax(data, axis=1), ROWS
     yield sym.softmin(data), ROWS
     yield sym.SoftmaxOutput(data, name="softmax"), (6,)
-    yield sym.SoftmaxOutput(data, name="softmax"), IMAGE
     yield sym.SoftmaxOutput(data, name="softmax", multi_output=True), IMAGE
     yield sym.SoftmaxOutput(data, name="softmax", preserve_shape=True), ROWS
     yield sym.SoftmaxActivation(data), IMAGE

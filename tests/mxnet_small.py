@@ -18,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def residual() -> Any:
-    """32x32 in colour: convolutions with BatchNorm, and one way around them."""
+    """32x32 in colour: convolutions with BatchNorm, and one way around them; the label has a name of its own."""
     stem = mx.sym.Convolution(mx.sym.var("data"), num_filter=8, kernel=(3, 3), pad=(1, 1), no_bias=True, name="conv0")
     stem = mx.sym.Activation(mx.sym.BatchNorm(stem, name="bn0"), act_type="relu", name="relu0")
     way = mx.sym.Convolution(stem, num_filter=8, kernel=(3, 3), pad=(1, 1), name="conv1")
@@ -26,7 +26,7 @@ def residual() -> Any:
     joined = mx.sym.elemwise_add(stem, way, name="plus0")
     pooled = mx.sym.Pooling(joined, kernel=(4, 4), stride=(4, 4), pool_type="avg", name="pool0")
     features = mx.sym.FullyConnected(mx.sym.flatten(pooled, name="flatten0"), num_hidden=10, name="fc0")
-    return mx.sym.SoftmaxOutput(features, name="softmax")
+    return mx.sym.SoftmaxOutput(features, mx.sym.var("truth"), name="softmax")
 
 
 def grey() -> Any:
@@ -47,7 +47,7 @@ def rows() -> Any:
 def write(folder: Path, name: str, symbol: Any, given: Any, data: Any) -> None:
     """A checkpoint, and its answers to `data`, which is `given` after preprocessing."""
     random = np.random.default_rng(0)
-    labels = [one for one in symbol.list_arguments() if one.endswith("_label")]
+    labels = [one for one in symbol.list_arguments() if one == "truth"]
     arguments, _, auxiliary = symbol.infer_shape(data=data.shape)
     values = {
         one: mx.nd.array(random.normal(0, np.sqrt(2 / max(np.prod(shape[1:]), 8)), shape))

@@ -324,5 +324,5 @@ SYMBOLS: dict[str, tuple[Callable[[], Any], int]] = {
     "inception-v3": (inception_v3, 299),
     "mobilenet": (mobilenet_v1, 96),
     "mobilenetv2": (mobilenet_v2, 96),
-    "ssd-vgg16": (ssd_vgg16, 128),
+    "ssd-vgg16": (ssd_vgg16, 96),
 }

@@ -22,14 +22,11 @@ from mxnet_operators import operator_cases  # type: ignore[import-not-found]
 from mxnet_symbols import CLASSES, SYMBOLS  # type: ignore[import-not-found]
 
 BATCH = 5
-DENSENETS = tuple(f"gluon-densenet{depth}" for depth in (121, 161, 169, 201))
-# Gluon's networks that end in a window or a layer of a fixed size.
 SIDES = {
-    "gluon-alexnet": 224,
-    "gluon-inceptionv3": 299,
-    "gluon-squeezenet1.0": 224,
-    "gluon-squeezenet1.1": 224,
-} | dict.fromkeys(DENSENETS, 224)
+    **dict.fromkeys(("gluon-densenet121", "gluon-densenet169", "gluon-squeezenet1.0", "gluon-squeezenet1.1"), 224),
+    **dict.fromkeys(("gluon-vgg11", "gluon-vgg11_bn", "gluon-vgg16_bn", "gluon-vgg19"), 32),
+    "gluon-alexnet": 96, "gluon-inceptionv3": 299,
+}
 
 
 def write(folder: Path, name: str, symbol: Any, shape: tuple[int, ...], seed: int = 0) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from PIL import Image
 
 import infermill
 from infermill.datasets import unpack_cifar10
-from infermill.errors import SourceError
+from infermill.errors import SourceError, StoreError
 from infermill.sources import list_source
 from infermill.types import DatasetHome
+from tests.fault_proxy import ALWAYS, FaultProxy, Reply
 from tests.networks import tiny_classifier
 from tests.servers import Bucket
 from tests.shards import CIFAR10_NAMES, cifar_images, write_cifar10, write_cifar10_binary
@@ -86,6 +88,16 @@ def test_the_archive_may_be_binary_lie_in_a_bucket_and_give_all_its_splits(bucke
     found = unpack_cifar10(str(tmp_path / "all"), f"{bucket.uri}/cifar-10-binary.tar.gz", "all", bucket.options)
     assert found.images == 12
     assert pq.read_table(found.labels)["name"][0].as_py() in CIFAR10_NAMES
+
+
+def test_a_store_that_fails_while_the_archive_is_read_is_told(
+    bucket: Bucket, fault_proxy: FaultProxy, archive: Path, tmp_path: Path
+) -> None:
+    bucket.put("a.tar.gz", archive.read_bytes())
+    options = replace(bucket.options, endpoint_url=fault_proxy.url)
+    fault_proxy.inject(Reply(403, "AccessDenied"), "GET", first=2, times=ALWAYS)
+    with pytest.raises(StoreError, match=r"access to s3://.*/a\.tar\.gz is denied"):
+        unpack_cifar10(str(tmp_path / "to"), f"{bucket.uri}/a.tar.gz", "test", options)
 
 
 def test_the_archive_is_downloaded_once_and_must_be_the_one_that_it_was(

@@ -21,6 +21,7 @@ from infermill.session import spark_session
 from tests.clusters import open_remote
 from tests.networks import tiny_classifier
 from tests.servers import Bucket
+from tests.shards import tar_of
 
 CARD = "name: tiny\nfiles: {onnx: tiny.onnx}\npreprocess: {resize: {exact: [32, 32]}}\noutput: {top_k: 2}\n"
 ODD_KEYS = (
@@ -153,6 +154,22 @@ def test_a_job_ends_with_a_row_for_each_object(place: Place, card: Path, tmp_pat
     if place.engine is not None:
         infermill.run(place.source, card, tmp_path / "here", place.options)
         assert infermill.read(tmp_path / "here").equals(infermill.read(place.output, place.options))
+
+
+def test_members_of_shards_are_predicted_with_their_labels(place: Place, card: Path) -> None:
+    for shard in range(2):
+        names = [f"{shard}-{number}" for number in range(6)]
+        files = {f"{name}.png": png(int(name[2:])) for name in names} | {f"{name}.cls": name.encode() for name in names}
+        place.put(f"{shard}.tar", tar_of(dict(sorted(files.items()))))
+    place.put("2.tar", b"no tar")
+    summary = place.run(card, f"tar:{place.source}")
+    assert (summary.planned, summary.ok, summary.failures_by_code) == (13, 12, {"corrupt": 1})
+    rows = infermill.read(place.output, place.options).to_pylist()
+    labels = [f"{shard}-{number}" for shard in range(2) for number in range(6)]
+    assert [name_of(row) for row in rows] == [f"{label[0]}.tar#{label}.png" for label in labels] + ["2.tar#@0"]
+    assert [row["label"] for row in rows] == [*labels, None]
+    expected = infermill.load_model(card)([png(number) for number in range(6)] * 2)
+    assert [row["top"][0]["index"] for row in rows[:-1]] == [one.top[0].index for one in expected if one.top]
 
 
 def test_a_job_that_runs_again_predicts_nothing(place: Place, card: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,15 @@ def claim_a_long_list(path: Path) -> None:
     path.write_bytes(content)
 
 
+def claim_a_long_list_in_64_bits(path: Path) -> None:
+    """As archives of more than 4 GiB say it; what they say in 32 bits stays innocent."""
+    write_archive(path, archive_files())
+    content = path.read_bytes()
+    at = content.rindex(b"PK\5\6")
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 6, 6, 1 << 30, 0)
+    path.write_bytes(content[:at] + record + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1) + content[at:])
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -164,6 +174,7 @@ def claim_a_long_list(path: Path) -> None:
         (damage_the_content, "is damaged"),
         (claim_less, "is damaged"),
         (claim_a_long_list, "list of contents that is too long"),
+        (claim_a_long_list_in_64_bits, "list of contents that is too long"),
         (lambda path: path.write_bytes(b"no archive"), "is no zip archive"),
         (lambda path: None, "No such file"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def test_a_checkpoint_in_a_bucket_is_as_the_one_on_disk(bucket: Bucket, tmp_path
         ("alone-0000.params", {}, "there is no alone-symbol.json", "net.export(PREFIX)"),
         ("bare-symbol.json", {}, "there is no bare-0000.params", "beside the symbol"),
         ("tiny.mar", {"epoch": 0}, "is an archive", "leave --epoch out"),
+        ("tiny.yaml", {"epoch": 0}, "--epoch is given, and the card 'tiny' says itself", "leave --epoch out"),
+        ("tiny.onnx", {"epoch": 0}, "--epoch is given, and tiny.onnx says itself", "leave --epoch out"),
         ("gone.mar", {}, "gone.mar does not exist", "relative"),
         ("broken-symbol.json", {}, "is no symbol of MXNet|no symbol of MXNet", "PREFIX-symbol.json"),
     ],
@@ -143,6 +146,7 @@ def test_what_is_missing_is_told(
 ) -> None:
     folder = prefix.parent
     write_archive(folder / "tiny.mar", archive_files())
+    convert_model(str(prefix), folder / "tiny.onnx", NO_STORE, CardOptions())
     (folder / "alone-0000.params").touch()
     (folder / "bare-symbol.json").write_text(json.dumps(classifier_symbol()))
     (folder / "broken-symbol.json").write_text('{"nodes": 1, "heads": 2}')
@@ -168,6 +172,44 @@ def test_a_network_is_translated_once(prefix: Path, cache: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.onnx")} == kept
     assert list(kept) == [first.network]
     assert opened(prefix, exact=(64, 64)).network != first.network
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".weights"])
+@pytest.mark.parametrize("left_bytes", [None, 0, 100])
+def test_a_translation_that_was_damaged_is_made_again(suffix: str, left_bytes: int | None, tmp_path: Path) -> None:
+    nodes = [node("null", "data"), node("null", "fc_weight"), node("FullyConnected", "fc", [0, 1], num_hidden="50")]
+    nodes[-1]["attrs"]["no_bias"] = "True"
+    path = write_network(tmp_path, nodes, {"fc_weight": (50, 60)})
+    before = infermill.load_model(path, card_options=CardOptions(task="raw"))([np.ones(60, np.float32)])
+    damaged = opened(path).network.with_suffix(suffix)
+    kept = damaged.read_bytes()
+    damaged.unlink()
+    if left_bytes is not None:
+        damaged.write_bytes(kept[:left_bytes])
+    (after,) = infermill.load_model(path, card_options=CardOptions(task="raw"))([np.ones(60, np.float32)])
+    assert before[0].outputs is not None
+    assert after.outputs is not None
+    np.testing.assert_array_equal(after.outputs["fc_output"], before[0].outputs["fc_output"])
+    assert damaged.read_bytes() == kept
+
+
+def test_weights_are_not_read_where_only_the_graph_is_wanted(tmp_path: Path) -> None:
+    nodes = [node("null", "data"), node("null", "w"), node("null", "b")]
+    nodes.append(node("FullyConnected", "fc", [0, 1, 2], num_hidden="50"))
+    network = opened(write_network(tmp_path, nodes, {"w": (50, 1000), "b": (50,)})).network
+    assert network.stat().st_size < 4096
+    assert network.with_suffix(".weights").stat().st_size == 50 * 1000 * 4
+    convert_model(str(tmp_path / "net"), tmp_path / "alone.onnx", NO_STORE, CardOptions(task="raw"))
+    assert (tmp_path / "alone.onnx").stat().st_size > 50 * 1000 * 4
+
+
+def test_a_plain_network_is_opened_without_the_reader_of_checkpoints(tmp_path: Path) -> None:
+    program = "import sys, infermill.job\nfrom infermill.models.model import open_model\n"
+    program += "from infermill.types import StoreOptions\n"
+    program += f"open_model({str(tiny_classifier(tmp_path / 'tiny.onnx'))!r}, StoreOptions())\n"
+    program += "print([name for name in sys.modules if name.startswith('infermill.models.mxnet')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_other_parameters_are_another_model(prefix: Path) -> None:
@@ -198,6 +240,22 @@ def test_a_model_travels_as_its_checkpoint(prefix: Path, tmp_path: Path, monkeyp
     )
     assert again.network.read_bytes() == model.network.read_bytes()
     assert unpack(tmp_path / "packed", model.digest) == again
+
+
+def test_files_of_the_same_name_travel_together(prefix: Path, tmp_path: Path) -> None:
+    for folder, suffix in (("symbols", "-symbol.json"), ("params", "-0000.params")):
+        (tmp_path / folder).mkdir()
+        Path(f"{prefix}{suffix}").rename(tmp_path / folder / "tiny")
+    files = {"symbol": "symbols/tiny", "params": "params/tiny"}
+    card = {"name": "t", "files": files, "preprocess": {"resize": {"exact": [64, 64]}}}
+    (tmp_path / "t.json").write_text(json.dumps(card))
+    model = opened(tmp_path / "t.json")
+    pack(model, tmp_path / "packed")
+    again = unpack(tmp_path / "packed", model.digest).checkpoint
+    assert again is not None
+    assert model.checkpoint is not None
+    for role, path in again.files.items():
+        assert path.read_bytes() == model.checkpoint.files[role].read_bytes()
 
 
 # --- what is assumed
@@ -329,7 +387,7 @@ def is_there(name: str) -> Callable[[Path], None]:
         (is_there("out.onnx"), "out.onnx", "out.onnx is there already"),
         (is_there("out.yaml"), "out.onnx", "out.yaml is there already"),
         (is_there("x"), "out", "does not end in .onnx"),
-        (is_there("x"), "no/folder/out.onnx", "No such file"),
+        (is_there("x"), "no/folder/out.onnx", "there is no folder"),
     ],
 )
 def test_convert_overwrites_nothing(

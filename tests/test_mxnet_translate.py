@@ -1,5 +1,6 @@
 """The translation of MXNet's graphs: the numbers and the names are those of MXNet 1.9.1 itself."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -30,7 +31,7 @@ FAMILIES = (
     *("gluon-densenet121", "gluon-vgg11_bn"),
 )
 HEAVY = (
-    *("resnet-152", "inception-v3", "vgg-16-bn", "gluon-resnet34_v1", "gluon-resnet50_v1", "gluon-resnet101_v1"),
+    *("resnet-152", "inception-v3", "vgg-16-bn", "gluon-resnet34_v1", "gluon-resnet50_v1"),
     *("gluon-resnet50_v2", "gluon-resnet101_v2", "gluon-alexnet", "gluon-inceptionv3", "gluon-squeezenet1.1"),
     *(
         "gluon-densenet169",
@@ -67,9 +68,9 @@ def folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def ask_mxnet(python: Path, folder: Path, name: str) -> list[str]:
+def ask_mxnet(python: Path, folder: Path, name: str, **environment: str) -> list[str]:
     """What `mxnet_zoo` has written: the names of the networks."""
-    subprocess.run([python, ZOO, folder, name], check=True, capture_output=True)
+    subprocess.run([python, ZOO, folder, name], check=True, capture_output=True, env=os.environ | environment)
     return sorted(file.stem for file in folder.glob("*.npz"))
 
 
@@ -116,7 +117,8 @@ def names_are_mxnets(network: onnx.ModelProto, symbol: Symbol, answers: Answers)
 def test_every_way_to_use_an_operator_gives_what_mxnet_gives(mxnet_python: Path, folder: Path) -> None:
     wrong: dict[str, float] = {}
     used = set()
-    for name in ask_mxnet(mxnet_python, folder, "operators"):
+    # oneDNN, with which MXNet computes on a CPU, refuses some transposed convolutions; its own code does not.
+    for name in ask_mxnet(mxnet_python, folder, "operators", MXNET_MKLDNN_ENABLED="0"):
         network, symbol, answers = translated(folder, name)
         names_are_mxnets(network, symbol, answers)
         used |= {node.op for node in symbol.nodes}
@@ -272,6 +274,7 @@ CONVOLUTION = {"kernel": "(3, 3)", "num_filter": "2", "no_bias": "True"}
         (chain(("Dropout", {"mode": "always"}, ())), "its mode is `always`, whose answers are random"),
         (chain(("Reshape", {"shape": "(2, 48)"}, ())), "fixes the length of the batch"),
         (chain(("Reshape", {"shape": "(0, 7)"}, ())), "node `reshape` (Reshape)"),
+        (chain(("SoftmaxOutput", {}, ())), "it has neither multi_output nor preserve_shape"),
         (chain(("softmax", {"axis": "4"}, ())), "there is no axis 4 in 4 dimensions"),
         (chain(("Pooling", {"kernel": "(1, 1)", "stride": "(2, 2)", "pooling_convention": "full"}, ())), "outside"),
         (
@@ -280,6 +283,10 @@ CONVOLUTION = {"kernel": "(3, 3)", "num_filter": "2", "no_bias": "True"}
         ),
         (chain(("Convolution", CONVOLUTION, ("weight",))), "no array `convolution_weight`, which the symbol needs"),
         (chain(("broadcast_add", {}, ("other",))), "does not fit its inputs"),
+        (chain(("slice", {"begin": "(0)", "end": "(1, 2)"}, ())), "1 beginnings, 2 ends and 1 steps"),
+        (chain(("broadcast_axis", {"axis": "1", "size": "()"}, ())), "attributes of node `broadcast_axis`"),
+        (chain(("repeat", {"axis": "1", "repeats": "99999999999"}, ())), "would enumerate 299999999997 numbers"),
+        (chain(("_contrib_MultiBoxPrior", {"ratios": "(1, -2)"}, ())), "ratios (1.0, -2.0)"),
     ],
 )
 def test_what_cannot_be_translated_is_told(symbol: Symbol, message: str) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,6 +27,7 @@ from infermill.models.model import Model, open_model
 from infermill.runtimes import Predictor, load
 from infermill.runtimes.mxnet import find_python
 from infermill.types import Options, RuntimeName, StoreOptions
+from tests.checkpoints import write_checkpoint
 from tests.mxnet_checkpoints import IMAGENET, checkpoint_model
 from tests.networks import pictures, tiny_classifier
 
@@ -183,6 +185,26 @@ def test_files_that_mxnet_refuses_are_told_in_one_line(
         assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("estimates", [False, True])
+def test_what_cannot_run_is_told_before_any_work(tmp_path: Path, estimates: bool) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "photos/0.png")
+    network = tiny_classifier(tmp_path / "tiny.onnx")
+    checkpoint = write_checkpoint(tmp_path, "small")
+    nowhere = str(tmp_path / "nowhere")
+    for model, python, message in [
+        (network, None, r"tiny\.onnx is no MXNet checkpoint"),
+        (checkpoint, nowhere, "--runtime-python .*nowhere is no program"),
+    ]:
+        options = Options(runtime="mxnet", runtime_python=python)
+        with pytest.raises(UsageError, match=message):
+            if estimates:
+                infermill.estimate(tmp_path / "nothing", model, options)
+            else:
+                infermill.run(tmp_path / "photos", model, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
 # --- its Python
 
 
@@ -270,6 +292,30 @@ time.sleep(60)
         (child,) = psutil.Process(process.pid).children()
         process.kill()
     child.wait(timeout=10)
+
+
+def test_after_ctrl_c_no_batch_gets_the_answer_of_another(
+    small_checkpoints: Path, impostor: Callable[[str], str]
+) -> None:
+    python = impostor("""
+        import time
+        import mxnet
+        forward = mxnet.mod.Module.forward
+        def slow_forward(self, batch, is_train=None):
+            time.sleep(0.5 if len(batch.data[0]) == 5 else 0)
+            forward(self, batch, is_train)
+        mxnet.mod.Module.forward = slow_forward
+    """)
+    predictor, started = started_by(lambda: load(checkpoint_model(small_checkpoints / "residual"), "mxnet", 1, python))
+    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        predictor(pictures(5))
+    interrupt.join()
+    with pytest.raises(RuntimeDiedError, match="the process of mxnet died") as caught:
+        predictor(pictures(3))
+    assert "load the model again" in caught.value.hint
+    assert not started.is_running()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGABRT])

@@ -15,14 +15,14 @@ import pytest
 
 import infermill
 from infermill import Options
-from infermill.errors import BadInputError, SourceError, UsageError
+from infermill.errors import BadInputError, SourceError, StoreError, UsageError
 from infermill.estimation import estimate
 from infermill.members import WINDOW_BYTES, member_fetcher
 from infermill.plan import refs_of
 from infermill.sources import canonical, list_source
 from infermill.sources.shards import shards_of
 from infermill.types import ObjectRef, StoreOptions
-from tests.fault_proxy import FaultProxy, Reply, Truncate
+from tests.fault_proxy import ALWAYS, FaultProxy, Reply, Truncate
 from tests.networks import tiny_classifier
 from tests.servers import Bucket
 from tests.shards import packed, png, tar_of, write_records
@@ -384,6 +384,25 @@ def test_an_object_that_is_overwritten_is_a_failure_of_all_its_members(bucket: B
     bucket.delete("a.tar")
     with pytest.raises(BadInputError, match="not there"):
         fetch(refs[0])
+
+
+def test_a_shard_that_fails_while_another_is_read_costs_its_members(bucket: Bucket, fault_proxy: FaultProxy) -> None:
+    files = {"0.png": png(0), "1.png": bytes(WINDOW_BYTES), "2.png": png(2)}
+    for name in ("a.tar", "b.tar"):
+        bucket.put(name, tar_of(files))
+    options = replace(bucket.options, endpoint_url=fault_proxy.url, store_deadline=0.6)
+    source, batches = list_source(f"tar:{bucket.uri}", None, options)
+    refs = [ref for batch in batches for ref in refs_of(pa.table(batch))]
+    fetch = member_fetcher(source, options)
+    for first in (refs[0], refs[3]):
+        assert fetch(first) == png(0)
+    fault_proxy.inject(Reply(503, "SlowDown"), "GET", r"b\.tar", times=ALWAYS)
+    with pytest.raises(BadInputError, match="other objects are read") as caught:
+        fetch(refs[5])
+    assert caught.value.failure.code == "store"
+    fault_proxy.inject(Reply(503, "SlowDown"), "GET", r"a\.tar", times=ALWAYS)
+    with pytest.raises(StoreError, match="does not answer"):
+        fetch(refs[2])
 
 
 def test_listing_and_fetching_hold_little_of_a_large_shard(tmp_path: Path) -> None:

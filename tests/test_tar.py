@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import time
 
 import pytest
 from hypothesis import given
@@ -128,6 +129,13 @@ def test_headers_that_would_fill_the_memory_are_damage() -> None:
     assert read(bomb) == [Damage(0)]
     chain = b"".join(header("pax", 0, tarfile.XHDTYPE) for _ in range(5_000)) + header("a.jpg") + bytes(1024)
     assert isinstance(read(chain)[-1], Damage)
+
+
+def test_headers_that_would_take_minutes_to_parse_are_damage() -> None:
+    bomb = header("pax", 60_000, tarfile.XHDTYPE) + b"1" * 60_000 + bytes(-60_000 % 512) + header("a.jpg")
+    started = time.monotonic()
+    assert read(bomb * 20) == [Damage(0)]
+    assert time.monotonic() - started < 2
 
 
 def test_many_files_of_one_key_are_not_held_for_their_label() -> None:

@@ -97,7 +97,7 @@ def fetcher(source: Source, options: StoreOptions) -> Fetch:
 
 
 class _Bucket:
-    """A bucket as one worker knows it: how it is reached, and a witness that it answers, an object that was read."""
+    """A bucket as one worker knows it: how it is reached, and witnesses that it answers, the objects read last."""
 
     def __init__(self, container: Location, options: StoreOptions) -> None:
         self._options = options
@@ -106,7 +106,7 @@ class _Bucket:
             lambda seconds: open_store(container, replace(options, store_deadline=seconds))
         )
         self._open_client = lru_cache(maxsize=1)(partial(open_s3_client, container, options))
-        self._witness = ""
+        self._witnesses: tuple[str, ...] = ()
         self._denied = 0
 
     def get(self, place: Location, ref: ObjectRef, reserve: Reserve) -> _Content:
@@ -119,8 +119,8 @@ class _Bucket:
                 content = patiently(_reader(first, open_object), place.uri, self._options)
         except STORE_ERRORS as error:
             raise self._judge(error, place) from None
-        if len(content) and is_nameable(place.path):
-            self._witness = place.path
+        if len(content) and is_nameable(place.path) and place.path not in self._witnesses[:1]:
+            self._witnesses = (place.path, *self._witnesses[:1])  # two, so that one is another than a shard that fails
         return content
 
     def _opener(self, place: Location, ref: ObjectRef) -> "Callable[[], _Opened]":
@@ -139,30 +139,31 @@ class _Bucket:
             return BadInputError("fetch", "changed", "it was overwritten after the source was listed")
         if code == "InvalidObjectState":
             return BadInputError("fetch", "unreadable", "it is archived, and must be restored first")
-        if code == "AccessDenied" and self._grants_others():
+        if code == "AccessDenied" and self._grants_others(place):
             return BadInputError("fetch", "unreadable", "access to this object is denied")
         problem = explain(error, place.uri)
-        if is_passing(error) and self._serves_others():
+        if is_passing(error) and self._serves_others(place):
             return BadInputError("fetch", "store", f"{problem.message}, though other objects are read")
         return problem
 
-    def _grants_others(self) -> bool:
+    def _grants_others(self, place: Location) -> bool:
         """Whether only some objects are denied; credentials that were revoked are denied all of them."""
-        if self._witness:
-            return self._serves_others()
+        if self._witnesses:
+            return self._serves_others(place)
         with self._opening:
             self._denied += 1
             return self._denied < DENIED_AT_FIRST
 
-    def _serves_others(self) -> bool:
-        """Whether an object that was read before still can be."""
-        if not self._witness:
+    def _serves_others(self, place: Location) -> bool:
+        """Whether another object that was read before still can be."""
+        witness = next((path for path in self._witnesses if path != place.path), None)
+        if witness is None:
             return False
         seconds = min(self._options.store_deadline, WITNESS_SECONDS)
         with self._opening:
             store = self._open_store(seconds)
         try:
-            store.get_range(self._witness, start=0, length=1)
+            store.get_range(witness, start=0, length=1)
         except STORE_ERRORS as error:
             return isinstance(error, FileNotFoundError)  # deleted meanwhile: that, too, is an answer
         return True

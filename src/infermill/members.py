@@ -33,6 +33,11 @@ def member_fetcher(source: Source, options: StoreOptions) -> Fetch:
     """A function that fetches members of shards, as `fetch.fetcher` does objects, of a source with `shards`.
 
     What it returns of a RecordIO or tar shard is a file; of CIFAR, an array of pixels, uint8 RGB [32, 32, 3].
+
+    Example:
+        >>> fetch = member_fetcher(Source("/photos", shards="tar"), StoreOptions())
+        >>> len(fetch(ObjectRef("a.tar#1.jpg", size=1024, offset=512)))  # doctest: +SKIP
+        1024
     """
     shards = source.shards
     assert shards is not None  # noqa: S101 - of other sources, fetch.fetcher fetches the objects

@@ -2,7 +2,7 @@
 
     model.json        the card, the labels, and which of the files is the network
     network/…         the ONNX file and its files with weights, under the names that it knows them by; or the two
-                      files of an MXNet checkpoint, which is translated where it arrives
+                      files of an MXNet checkpoint (network/symbol/…, network/params/…), translated where they arrive
 
 It is a zip without compression (weights hardly shrink), and the same model always gives the same bytes.
 """
@@ -53,7 +53,7 @@ def pack(model: Model, path: Path) -> None:
         files = {network.name: network, **external_files(read_network(network), network)}
     else:
         index["checkpoint"] = {role: path.name for role, path in model.checkpoint.files.items()}
-        files = {path.name: path for path in model.checkpoint.files.values()}
+        files = {f"{role}/{path.name}": path for role, path in model.checkpoint.files.items()}
     private = path.with_name(f".{uuid.uuid4().hex}")
     try:
         with zipfile.ZipFile(private, "x") as archive:
@@ -155,7 +155,7 @@ def _open(folder: Path, digest: str) -> Model:
         index = json.loads((folder / _INDEX).read_bytes())
         labels = None if index["labels"] is None else tuple(index["labels"])
         names = {role: PurePosixPath(name).name for role, name in index.get("checkpoint", {}).items()}
-        files = {role: folder / _FOLDER / name for role, name in names.items()}
+        files = {role: folder / _FOLDER / role / name for role, name in names.items()}
         checkpoint = Checkpoint(**files) if files else None
         network = folder / _FOLDER / PurePosixPath(index.get("network", "")).name
         card = parse_card(index["card"], f"the card in {folder}")

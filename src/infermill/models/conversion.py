@@ -46,6 +46,8 @@ def convert_model(model: str, output: Path, store: StoreOptions, card: CardOptio
     """
     if output.suffix != ".onnx":
         raise UsageError(f"{output} does not end in .onnx", "name the file to write, as in -o resnet-18.onnx")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent}", "name a file in a folder that is there")
     card_path = output.with_suffix(".yaml")
     for path in (output, card_path):
         if path.exists():

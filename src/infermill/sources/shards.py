@@ -138,6 +138,12 @@ def list_members(
     Raises:
         SourceError: a shard is not there, or is not of the format at all.
         StoreError: access is denied, or the store does not answer.
+
+    Example:
+        >>> shards = pa.record_batch({"key": ["a.tar"]})
+        >>> members = list_members(Source("/photos", shards="tar"), [shards], (".jpg",), StoreOptions())
+        >>> next(members)["key"].to_pylist()  # doctest: +SKIP
+        ['a.tar#1.jpg', 'a.tar#2.jpg']
     """
     listing = _Listing(source, suffixes, options, split)
     keys = (key for batch in found for key in batch["key"].to_pylist())

@@ -17,6 +17,8 @@ _MAX_LABEL_BYTES = 4_096
 # A name of 64 KiB is longer than any store takes; with more, the headers of a hostile member would fill the memory.
 _MAX_HEADER_BYTES = 64 << 10
 _MAX_FILES_OF_A_KEY = 1_024
+# No name of a file has as many; tarfile's search for numbers takes the square of their digits (CVE-2024-6232).
+_TOO_MANY_DIGITS = re.compile(rb"\d{256}")
 # What tarfile raises on headers that are damaged, or made to confuse it.
 _DAMAGE = (tarfile.TarError, ArithmeticError, LookupError, RecursionError, ValueError)
 
@@ -47,7 +49,10 @@ class _HeaderReader:
         self.left_bytes -= count
         if count < 0 or self.left_bytes < 0:
             raise tarfile.ReadError("the headers of a member are too large")
-        return self._file.read(count)
+        content = self._file.read(count)
+        if _TOO_MANY_DIGITS.search(content):
+            raise tarfile.ReadError("a number in a header is too long")
+        return content
 
     def seek(self, offset: int) -> int:
         return self._file.seek(offset)
@@ -65,6 +70,13 @@ def files(file: BinaryIO, file_bytes: int, suffixes: Sequence[str]) -> Iterator[
         file: the tar.
         file_bytes: its length.
         suffixes: in lower case.
+
+    Example:
+        >>> import io
+        >>> member = tarfile.TarInfo("1.jpg")
+        >>> content = member.tobuf() + bytes(2 * tarfile.BLOCKSIZE)
+        >>> list(files(io.BytesIO(content), len(content), (".jpg",)))
+        [File(name='1.jpg', offset=512, size=0, label=None)]
     """
     pending: list[File] = []
     key, label = "", None

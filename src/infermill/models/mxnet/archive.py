@@ -35,8 +35,9 @@ _MAX_DIRECTORY_BYTES = 4 << 20
 # Weights hardly shrink; what shrinks more than this is made to fill a disk.
 _MAX_RATIO, _SMALL_BYTES = 100, 64 << 20
 _CHUNK_BYTES = 1 << 20
-# The end of a zip: its list of contents is told there, in front of a comment of up to 64 KiB.
-_MAX_TAIL_BYTES = 22 + (1 << 16)
+# The end of a zip, in front of a comment of up to 64 KiB, says how long its list of contents is; and before it, in a
+# record of 56 bytes and one of 20 that says where that is, in 64 bits.
+_MAX_TAIL_BYTES = 56 + 20 + 22 + (1 << 16)
 _WORDNET_ID = re.compile(r"^n\d{8}\s+")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, LookupError, ValueError)
 _EXPECTED = "give an archive that MXNet's model-archiver made, with PREFIX-symbol.json and PREFIX-0000.params in it"
@@ -90,6 +91,8 @@ def _check_directory(path: Path, size: int, tail: bytes) -> None:
     if at < 0 or len(tail) < at + 22:
         raise ModelError(f"{path} is no zip archive, or it is damaged ({size} bytes)", _EXPECTED)
     (directory_bytes,) = struct.unpack_from("<I", tail, at + 12)
+    if tail[max(0, at - 20) : at].startswith(b"PK\6\7") and at >= 76:  # which `zipfile` prefers where it is there
+        (directory_bytes,) = struct.unpack_from("<Q", tail, at - 76 + 40)
     if directory_bytes > _MAX_DIRECTORY_BYTES:
         raise ModelError(f"{path} has a list of contents that is too long ({directory_bytes} bytes)", _EXPECTED)
 

@@ -189,7 +189,7 @@ def _names_after(prefix: Location, store: StoreOptions) -> Iterator[str]:
     with store_errors(prefix, SYMBOL):
         for objects in open_store(prefix, store).list(folder or None, offset=prefix.path):
             for found in objects:
-                if not found["path"].startswith(prefix.path):
+                if found["path"] > f"{prefix.path}/":  # all that is wanted comes before: `-` and `.` do
                     return
                 name = found["path"][len(folder) :].lstrip("/")
                 if "/" not in name and name.startswith((f"{start}-", f"{start}.")):

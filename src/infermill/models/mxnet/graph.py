@@ -23,6 +23,7 @@ from infermill.models.onnx import Dim, shown
 OPSET, IR_VERSION = 18, 8
 _OPSETS = [helper.make_operatorsetid("", OPSET)]
 _MAX_SHAPE_ELEMENTS = 64
+_MAX_COUNT = 2**24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +74,7 @@ class Graph:
             inferred = shape_inference.infer_node_outputs(
                 onnx.defs.get_schema(op, OPSET), proto, types, values, opset_imports=_OPSETS
             )
-        except shape_inference.InferenceError as error:
+        except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
             shapes = ", ".join(f"`{shown(tensor.name)}` {_shown_shape(tensor)}" for tensor in used)
             raise ModelError(
                 f"{described(node)} does not fit its inputs {shapes}: {str(error).strip().splitlines()[-1]}",
@@ -153,7 +154,8 @@ class Step:
 
     def constant(self, value: ArrayLike, dtype: DTypeLike) -> Tensor:
         """A constant of this step."""
-        array = np.asarray(value, dtype)
+        with np.errstate(over="ignore"):  # a bound of 1e9 is infinite in float16, as in MXNet
+            array = np.asarray(value, dtype)
         return Tensor(self._new_name("constant"), array.dtype, array.shape, array)
 
     def integers(self, value: ArrayLike) -> Tensor:
@@ -182,6 +184,16 @@ class Step:
         if tensor.dtype == np.dtype(dtype):
             return tensor
         return self.add("Cast", tensor, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def countable(self, count: int) -> int:
+        """A count of numbers that are enumerated here.
+
+        Raises:
+            ModelError: float32 cannot count them; no network has that many, but a damaged symbol may.
+        """
+        if not 0 <= count <= _MAX_COUNT:
+            raise self.refused(f"it would enumerate {count} numbers")
+        return count
 
     def lengths(self, tensor: Tensor, axes: Sequence[int]) -> list[int]:
         """The lengths of these axes.

@@ -22,10 +22,12 @@ def multibox_prior(step: Step) -> Tensor:
     attributes = step.attributes
     height, width = step.lengths(step.data, [2, 3])
     sizes = np.array(attributes.numbers("sizes", (1.0,)), np.float32)
-    ratios = np.sqrt(np.array(attributes.numbers("ratios", (1.0,)), np.float32))
+    given = attributes.numbers("ratios", (1.0,))
     steps, offsets = attributes.numbers("steps", (-1.0, -1.0)), attributes.numbers("offsets", (0.5, 0.5))
-    if len(steps) != 2 or len(offsets) != 2 or not len(sizes) or not len(ratios):
-        raise step.refused(f"it has {len(sizes)} sizes, {len(ratios)} ratios, steps {steps} and offsets {offsets}")
+    if len(steps) != 2 or len(offsets) != 2 or not len(sizes) or not given or min(given) <= 0:
+        raise step.refused(f"it has {len(sizes)} sizes, ratios {given}, steps {steps} and offsets {offsets}")
+    step.countable(height * width * (len(sizes) + len(given) - 1))
+    ratios = np.sqrt(np.array(given, np.float32))
     if min(steps) <= 0:
         steps = (1 / height, 1 / width)
     # Every size with ratio 1, then the other ratios with the first size; half of each side counts.
@@ -43,6 +45,7 @@ def multibox_detection(step: Step) -> Tensor:
     """src/operator/contrib/multibox_detection.cc: rows of class, score and corners; a class of -1 is nothing."""
     attributes = step.attributes
     classes, count = step.lengths(step.data, [1, 2])
+    step.countable(count * classes)
     scores = cut(step, step.data, {1: (1, _INT64.max, 1)})
     best = step.add("ReduceMax", scores, step.integers([1]), keepdims=0)
     label = step.cast(step.add("ArgMax", scores, axis=1, keepdims=0), np.float32)
@@ -101,6 +104,7 @@ def box_nms(step: Step) -> dict[str, Tensor]:
     """src/operator/contrib/bounding_box-inl.h: the boxes that are kept, best first, and then rows of -1."""
     attributes, data = step.attributes, step.data
     count, width = step.lengths(data, [-2, -1])
+    step.countable(count)
     topk = attributes.integer("topk", -1)
     kept = count if topk < 0 else min(topk, count)
     if kept < 1:

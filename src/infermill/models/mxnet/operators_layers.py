@@ -121,18 +121,19 @@ def batch_norm(step: Step) -> dict[str, Tensor]:
     axis = step.axis(attributes.integer("axis", 1), step.data.rank)
     eps = attributes.number("eps", 1e-3)
     shape = tuple(step.lengths(step.data, [axis]))
-    # MXNet computes the statistics in float32, also where the data is float16.
     gamma, beta, mean, variance = (_statistics(step, index, shape) for index in range(1, 5))
     if attributes.boolean("fix_gamma", True):
         gamma = step.constant(np.ones(shape), np.float32)
     perm = [index for index in range(step.data.rank) if index != axis]
     perm.insert(1, axis)
     moved = axis != 1
-    data = step.add("Transpose", step.data, perm=perm) if moved else step.data
+    # Of float16 MXNet, too, computes it in float32; OpenVINO takes no data of another type than the statistics.
+    data = step.cast(step.data, np.float32)
+    data = step.add("Transpose", data, perm=perm) if moved else data
     result = step.add("BatchNormalization", data, gamma, beta, mean, variance, epsilon=eps)
     if moved:
         result = step.add("Transpose", result, perm=np.argsort(perm).tolist())
-    outputs = {"output": result}
+    outputs = {"output": step.cast(result, step.data.dtype)}
     if attributes.boolean("output_mean_var", False):
         spread = step.add("Sqrt", step.add("Add", variance, step.number(eps, variance)))
         outputs |= {"mean": mean, "var": step.add("Reciprocal", spread)}

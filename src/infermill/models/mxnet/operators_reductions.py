@@ -7,8 +7,10 @@ from infermill.models.mxnet.operators_layers import channels
 
 
 def softmax_output(step: Step) -> Tensor:
-    # With more than two dimensions MXNet means each input as a whole, and on a CPU it takes the last axis.
-    return step.add("Softmax", step.data, axis=1 if step.attributes.boolean("multi_output", False) else -1)
+    over_channels, over_last = (step.attributes.boolean(name, False) for name in ("multi_output", "preserve_shape"))
+    if step.data.rank > 2 and not over_channels and not over_last:
+        raise step.refused("it has neither multi_output nor preserve_shape, where MXNet's answer depends on oneDNN")
+    return step.add("Softmax", step.data, axis=1 if over_channels else -1)
 
 
 def softmax_activation(step: Step) -> Tensor:

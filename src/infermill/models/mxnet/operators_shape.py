@@ -1,5 +1,6 @@
 """Operators that move numbers and leave them as they are."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,16 +74,17 @@ def _split(step: Step, whole: Dim, left: int, right: int) -> list[Dim]:
 
 def _for_onnx(step: Step, dims: list[Dim]) -> list[int]:
     """Lengths, with at most one -1: where the batch is first it is kept, else it is what is left."""
-    shape = step.data.shape
+    shape, rest = step.data.shape, range(1, step.data.rank)
     result = [
         dim if isinstance(dim, int) else 0 if index == 0 and dim is not None and dim == shape[0] else -1
         for index, dim in enumerate(dims)
     ]
     if result.count(-1) > 1:
         raise step.refused(f"its new shape {result} has more than one length that varies with the batch")
-    fixed = isinstance(shape[0], int) or -1 in result or 0 in result
-    if not fixed:
+    if not isinstance(shape[0], int) and -1 not in result and 0 not in result:
         raise step.refused(f"its new shape {result} fixes the length of the batch")
+    if result[:1] == [0] and -1 not in result and math.prod(result[1:]) != math.prod(step.lengths(step.data, rest)):
+        raise step.refused(f"{list(shape[1:])} numbers of each input do not fit {result[1:]}")
     return result
 
 
@@ -129,7 +131,7 @@ def stack(step: Step) -> Tensor:
 def slice_channel(step: Step) -> dict[str, Tensor]:
     count, axis = step.attributes.integer("num_outputs"), step.axis(step.attributes.integer("axis", 1), step.data.rank)
     length = step.lengths(step.data, [axis])[0]
-    if count < 1 or length % count:
+    if step.countable(count) < 1 or length % count:
         raise step.refused(f"{length} channels cannot be divided by {count}")
     parts = [step.data]
     if count > 1:
@@ -220,6 +222,7 @@ def repeat(step: Step) -> Tensor:
         raise step.refused("it has no axis, and would mix the inputs of a batch")
     axis = step.axis(axis, step.data.rank)
     length = step.lengths(step.data, [axis])[0]
+    step.countable(length * count)
     return step.add("Gather", step.data, step.integers(np.repeat(np.arange(length), count)), axis=axis)
 
 

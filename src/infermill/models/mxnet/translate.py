@@ -86,7 +86,14 @@ class _Translation:
                 "run it with `--runtime mxnet`, or ask for it at the project's issue tracker, with the symbol file",
             )
         step = Step(self._graph, node, lambda position: self._read(node.inputs[position]))
-        result = operator(step)
+        try:
+            result = operator(step)
+        except (ValueError, IndexError, ArithmeticError) as error:
+            # Operators take their attributes for consistent, as MXNet has checked them: tuples of one length, no zeros.
+            raise ModelError(
+                f"the attributes of {described(node)} do not fit each other or its inputs: {error}",
+                "the symbol file is damaged: export it again",
+            ) from None
         outputs = step.finish(result if isinstance(result, dict) else {"output": result})
         self._outputs |= {(index, position): output for position, output in enumerate(outputs)}
 
