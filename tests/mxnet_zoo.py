@@ -25,7 +25,8 @@ BATCH = 5
 SIDES = {
     **dict.fromkeys(("gluon-densenet121", "gluon-densenet169", "gluon-squeezenet1.0", "gluon-squeezenet1.1"), 224),
     **dict.fromkeys(("gluon-vgg11", "gluon-vgg11_bn", "gluon-vgg16_bn", "gluon-vgg19"), 32),
-    "gluon-alexnet": 96, "gluon-inceptionv3": 299,
+    "gluon-alexnet": 96,
+    "gluon-inceptionv3": 299,
 }
 
 
