@@ -27,19 +27,29 @@ def array_bytes(array: NDArray[Any], version: int | None = V2) -> bytes:
     return head + struct.pack("<iii", 1, 0, CODES[array.dtype.name]) + array.tobytes()
 
 
-def row_sparse_bytes(values: NDArray[np.float32], rows: Sequence[int], shape: Sequence[int]) -> bytes:
-    head = struct.pack("<Ii", V2, 1) + shape_bytes(values.shape) + shape_bytes(shape) + struct.pack("<iii", 1, 0, 0)
+def row_sparse_bytes(
+    values: NDArray[np.float32], rows: Sequence[int], shape: Sequence[int], stored: Sequence[int] | None = None
+) -> bytes:
+    head = _sparse_head(1, values.shape if stored is None else stored, shape)
     index = struct.pack("<i", CODES["int64"]) + shape_bytes([len(rows)])
     return head + index + values.tobytes() + np.array(rows, np.int64).tobytes()
 
 
 def csr_bytes(
-    values: NDArray[np.float32], starts: Sequence[int], columns: Sequence[int], shape: Sequence[int]
+    values: NDArray[np.float32],
+    starts: Sequence[int],
+    columns: Sequence[int],
+    shape: Sequence[int],
+    stored: Sequence[int] | None = None,
 ) -> bytes:
-    head = struct.pack("<Ii", V2, 2) + shape_bytes(values.shape) + shape_bytes(shape) + struct.pack("<iii", 1, 0, 0)
+    head = _sparse_head(2, values.shape if stored is None else stored, shape)
     indices = [np.array(numbers, np.int64) for numbers in (starts, columns)]
     aux = b"".join(struct.pack("<i", CODES["int64"]) + shape_bytes(index.shape) for index in indices)
     return head + aux + values.tobytes() + b"".join(index.tobytes() for index in indices)
+
+
+def _sparse_head(storage: int, stored: Sequence[int], shape: Sequence[int]) -> bytes:
+    return struct.pack("<Ii", V2, storage) + shape_bytes(stored) + shape_bytes(shape) + struct.pack("<iii", 1, 0, 0)
 
 
 def params_bytes(arrays: Mapping[str, bytes]) -> bytes:

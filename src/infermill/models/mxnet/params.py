@@ -156,9 +156,12 @@ class _Reader:
         self._take(8, "the device")
         dtype = self._integer(4, signed=True)
         indices = [(self._integer(4, signed=True), self._shape(number)) for _ in range(_INDICES[storage])]
-        values = self._values(number, dtype, shape if stored_shape is None else stored_shape)
         if storage == _DENSE:
-            return values
+            return self._values(number, dtype, shape)
+        if stored_shape is not None and 0 in stored_shape:  # as it was before the array was computed
+            kept = indices[-1][1]
+            stored_shape = kept if storage == _CSR or kept is None else (*kept[:1], *shape[1:])
+        values = self._values(number, dtype, stored_shape)
         parts = [self._values(number, index_dtype, index_shape) for index_dtype, index_shape in indices]
         return self._densified(number, shape, values, parts)
 
