@@ -130,8 +130,8 @@ def test_what_is_killed_is_replaced(
     check(tmp_path / "out", summary, expected)
     again = jobs.decoder.decoded()
     assert len(again) == 40
-    # What was under way is done again: no more than the task that was hit. That has 2 partitions of 4 photos, or 4 where
-    # the job began before the executor that the test before has killed was back.
+    # What was under way is done again: no more than the task that was hit. That has 2 partitions of 4 photos, or 4 of
+    # them where the job began before the executor that the test before has killed was back.
     assert again.total() <= 40 + 16 + 4
 
 
