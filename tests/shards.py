@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.networks import tiny_classifier
+
 MAGIC = struct.pack("<I", 0xCED7230A)
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -114,4 +116,16 @@ def _write_compressed(path: Path, files: Mapping[str, bytes]) -> Path:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def tiny_card(folder: Path, top_k: int) -> Path:
+    """The card of a tiny classifier of 32x32 pixels, in a new folder."""
+    folder.mkdir()
+    tiny_classifier(folder / "tiny.onnx", size=32)
+    path = folder / "model.yaml"
+    path.write_text(
+        "name: tiny\nfiles: {onnx: tiny.onnx}\n"
+        f"preprocess: {{resize: {{exact: [32, 32]}}, scale: 0.00392156862745098}}\noutput: {{top_k: {top_k}}}\n"
+    )
     return path

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from onnx import helper
 from PIL import Image
 
-from infermill.bisection import Deviation, deviation, first_difference
 from infermill.check import Comparison, OutputDifference, check, compare
 from infermill.errors import ModelError, SourceError, UsageError
+from infermill.layers import Deviation, deviation, first_difference
 from infermill.models.model import Model, open_model
 from infermill.report import comparison_text
 from infermill.runtimes import Predictor, load

@@ -22,7 +22,7 @@ from infermill.plan import refs_of
 from infermill.sources import list_source
 from infermill.sources.cifar import DamagedError, as_picture, batches, class_names
 from infermill.types import ObjectRef, Source, StoreOptions
-from tests.networks import tiny_classifier, tiny_tabular
+from tests.networks import tiny_tabular
 from tests.servers import Bucket
 from tests.shards import (
     CIFAR10_NAMES,
@@ -30,6 +30,7 @@ from tests.shards import (
     cifar10_binary,
     cifar_images,
     png_of,
+    tiny_card,
     write_cifar10,
     write_cifar10_binary,
 )
@@ -50,15 +51,7 @@ def pixels_of(uri: str, options: StoreOptions | None = None) -> dict[str, Any]:
 
 @pytest.fixture
 def card(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    tiny_classifier(folder / "tiny.onnx", size=32)
-    path = folder / "model.yaml"
-    path.write_text(
-        "name: tiny\nfiles: {onnx: tiny.onnx}\n"
-        "preprocess: {resize: {exact: [32, 32]}, scale: 0.00392156862745098}\noutput: {top_k: 2}\n"
-    )
-    return path
+    return tiny_card(tmp_path / "model", top_k=2)
 
 
 @pytest.fixture

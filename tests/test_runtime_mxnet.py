@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import infermill
-from infermill.bisection import deviation
 from infermill.errors import ModelError, RuntimeDiedError, UsageError
+from infermill.layers import deviation
 from infermill.models.card import parse_card
 from infermill.models.model import Model, open_model
 from infermill.runtimes import Predictor, load

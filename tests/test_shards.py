@@ -23,24 +23,15 @@ from infermill.sources import canonical, list_source
 from infermill.sources.shards import shards_of
 from infermill.types import ObjectRef, StoreOptions
 from tests.fault_proxy import ALWAYS, FaultProxy, Reply, Truncate
-from tests.networks import tiny_classifier
 from tests.servers import Bucket
-from tests.shards import packed, png, tar_of, write_records
+from tests.shards import packed, png, tar_of, tiny_card, write_records
 
 SMALL = Options(partition_objects=4)
 
 
 @pytest.fixture
 def card(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    tiny_classifier(folder / "tiny.onnx", size=32)
-    path = folder / "model.yaml"
-    path.write_text(
-        "name: tiny\nfiles: {onnx: tiny.onnx}\n"
-        "preprocess: {resize: {exact: [32, 32]}, scale: 0.00392156862745098}\noutput: {top_k: 1}\n"
-    )
-    return path
+    return tiny_card(tmp_path / "model", top_k=1)
 
 
 def listed(uri: str, suffix: tuple[str, ...] | None = None, options: StoreOptions | None = None) -> list[ObjectRef]:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infermill.bisection import Deviation, Layer, deviation, first_difference
 from infermill.errors import BadInputError, SourceError, UsageError
 from infermill.estimation import Sample
 from infermill.job import empty_source, tell_assumptions
+from infermill.layers import Deviation, Layer, deviation, first_difference
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import Model, open_model

@@ -110,7 +110,7 @@ def _images(path: str, file: BinaryIO, split: Split) -> Iterator[tuple[str, cifa
 
 
 def _names(path: str, file: BinaryIO) -> list[str]:
-    if not path.lower().endswith(cifar.ARCHIVE_SUFFIXES):
+    if not cifar.is_archive(path):
         raise _no_archive(path, f"its name does not end in {' or '.join(cifar.ARCHIVE_SUFFIXES)}")
     try:
         names = cifar.class_names(file, "cifar10") or []

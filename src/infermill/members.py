@@ -43,7 +43,6 @@ def member_fetcher(source: Source, options: StoreOptions) -> Fetch:
     assert shards is not None  # noqa: S101 - of other sources, fetch.fetcher fetches the objects
     whole = fetcher(replace(source, shards=None), options)
     windows = _Windows(whole)
-    is_local = source.root.startswith("/") and not source.keys_are_uris
     name = cifar.name_of(shards)
     images = _UnpackedImages(whole, name) if name else None
 
@@ -59,7 +58,7 @@ def member_fetcher(source: Source, options: StoreOptions) -> Fetch:
         place = replace(ref, key=shard)
         if ref.size == 0:
             content: ReadableBuffer = b""
-        elif is_local or ref.size > WINDOW_BYTES // 2:
+        elif source.is_local or ref.size > WINDOW_BYTES // 2:
             content = whole(place, reserve)
         else:
             admit(ref.size, reserve)
@@ -157,7 +156,7 @@ class _UnpackedImages:
     def _unpack(self, shard: str, etag: str | None, split: Split) -> tuple[mmap.mmap, dict[str, int]]:
         content = self._read(ObjectRef(shard, etag=etag))
         begins: dict[str, int] = {}
-        is_archive = shard.lower().endswith(cifar.ARCHIVE_SUFFIXES)
+        is_archive = cifar.is_archive(shard)
         with tempfile.TemporaryFile(prefix="infermill-") as file:
             try:
                 for batch in cifar.batches(io.BytesIO(content), shard, self._name, split):

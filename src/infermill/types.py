@@ -193,6 +193,11 @@ class Source:
     shards: ShardFormat | None = None
     "The keys are `shard#member`, and the shards are of this format."
 
+    @property
+    def is_local(self) -> bool:
+        """Every object is a file of this machine; the keys of a manifest may be anywhere."""
+        return self.root.startswith("/") and not self.keys_are_uris
+
 
 class Assignment(NamedTuple):
     """A partition that a worker is to do, and the rows of it that are known to fail."""

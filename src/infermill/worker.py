@@ -208,7 +208,6 @@ def stages_of(
     source: Source, model: Model, options: Options, load: Callable[[], Network], watch: Watch = unwatched
 ) -> Stages:
     """The functions and thread counts of this worker's pipeline."""
-    is_local = source.root.startswith("/") and not source.keys_are_uris
     preprocess, dtype = model.card.preprocess, model.card.input.dtype
     holds_pixels = name_of(source.shards) is not None
     if preprocess is None:
@@ -225,7 +224,7 @@ def stages_of(
         fetch=member_fetcher(source, options) if source.shards else fetcher(source, options),
         decode=decode,
         load=load,
-        fetch_threads=FETCH_THREADS if is_local else REMOTE_FETCH_THREADS,
+        fetch_threads=FETCH_THREADS if source.is_local else REMOTE_FETCH_THREADS,
         compute_threads=_threads(options),
         decoded_images=max(DECODED_BYTES // row_bytes, 1),
         watch=watch,

@@ -85,6 +85,11 @@ def name_of(shards: ShardFormat | None) -> Name | None:
             return None
 
 
+def is_archive(path: str) -> bool:
+    """Whether a file is called like an archive of all batches."""
+    return path.lower().endswith(ARCHIVE_SUFFIXES)
+
+
 def is_batch(path: str, name: Name, split: Split) -> bool:
     """Whether a file is called like a batch of the split."""
     return _batch_name(path) in _LAYOUTS[name].batches(split)
@@ -113,7 +118,7 @@ def batches(file: BinaryIO, path: str, name: Name, split: Split = "all") -> Iter
         DamagedError: it is none of these, or holds no batch of the split.
     """
     try:
-        if not path.lower().endswith(ARCHIVE_SUFFIXES):
+        if not is_archive(path):
             yield _batch(path, file.read(_MAX_UNPACKED_BYTES), name)
             return
         wanted = _LAYOUTS[name].batches(split)

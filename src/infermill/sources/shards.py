@@ -77,7 +77,7 @@ class Shards:
         """Those of some objects that are shards: of a folder of CIFAR, the batches of the split."""
         name = cifar.name_of(self.format)
         for batch in found:
-            if name is None or self.uri.lower().endswith(cifar.ARCHIVE_SUFFIXES):
+            if name is None or cifar.is_archive(self.uri):
                 yield batch
             else:
                 yield batch.filter(
@@ -147,7 +147,7 @@ def list_members(
     """
     listing = _Listing(source, suffixes, options, split)
     keys = (key for batch in found for key in batch["key"].to_pylist())
-    if source.root.startswith("/") and not source.keys_are_uris:
+    if source.is_local:
         return (batch for key in keys for part in listing.parts(key) for batch in part())
     return _at_once(part for key in keys for part in listing.parts(key))
 
@@ -221,15 +221,18 @@ class _Listing:
         else:
             entries = self._index_of(shard)
             if entries is not None:
-                while piece := list(islice(entries, _INDEX_ROWS)):
-                    yield partial(self._batches, shard, partial(_indexed_records, sorted(piece, key=_offset)))
+                while piece := sorted(islice(entries, _INDEX_ROWS), key=_offset):
+                    buffer_bytes = _SEEK_BUFFER_BYTES if _are_apart(piece) else _STREAM_BUFFER_BYTES
+                    yield partial(self._batches, shard, partial(_indexed_records, piece), buffer_bytes)
                 return
             yield partial(self._batches, shard, _numbered_records)
 
-    def _batches(self, shard: str, read: Callable[[BinaryIO, int], Iterator[_Member]]) -> Iterator[pa.RecordBatch]:
-        buffer_bytes = _STREAM_BUFFER_BYTES
-        if isinstance(read, partial) and read.func is _indexed_records and _are_apart(read.args[0]):
-            buffer_bytes = _SEEK_BUFFER_BYTES
+    def _batches(
+        self,
+        shard: str,
+        read: Callable[[BinaryIO, int], Iterator[_Member]],
+        buffer_bytes: int = _STREAM_BUFFER_BYTES,
+    ) -> Iterator[pa.RecordBatch]:
         with self._opened(shard, buffer_bytes) as (file, size, etag):
             members = read(file, size)
             while batch := list(islice(members, _BATCH_ROWS)):
@@ -338,7 +341,7 @@ def _files(suffixes: tuple[str, ...], file: BinaryIO, file_bytes: int) -> Iterat
 
 
 def _images(shard: str, name: cifar.Name, split: Split, file: BinaryIO, _file_bytes: int) -> Iterator[_Member]:
-    is_archive = shard.lower().endswith(cifar.ARCHIVE_SUFFIXES)
+    is_archive = cifar.is_archive(shard)
     begin, step = 0, cifar.IMAGE_BYTES
     if shard.endswith(".bin"):  # the images lie in the file itself, each behind its label
         step = cifar.record_bytes(name)
