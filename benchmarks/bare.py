@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 from infermill.meter import Meter
 from infermill.models.model import open_model
 from infermill.parts import rows_table
-from infermill.pipeline import Share, run_pipeline
+from infermill.pipeline import run_pipeline
 from infermill.plan import cut
 from infermill.sources import list_source
+from infermill.stages import Share
 from infermill.types import ObjectRef, Options
 from infermill.worker import load_predictor, network_of, stages_of
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from infermill import pipeline
 from infermill.errors import BadInputError, ModelError, StoreError
 from infermill.meter import Meter
-from infermill.pipeline import Arrays, Network, PartitionRows, Share, Stages, run_pipeline
+from infermill.pipeline import run_pipeline
+from infermill.stages import Arrays, Network, PartitionRows, Share, Stages
 from infermill.types import Failure, ObjectRef
 
 

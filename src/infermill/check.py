@@ -17,11 +17,11 @@ from infermill.layers import Deviation, Layer, deviation, first_difference
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import Model, open_model
-from infermill.pipeline import Stages
 from infermill.plan import cut
 from infermill.predictions import rows_for
 from infermill.runtimes import Arrays, Batch, Predictor
 from infermill.sources import list_source, rereadable
+from infermill.stages import Stages
 from infermill.types import CardOptions, ObjectRef, Options, RuntimeName
 from infermill.worker import load_predictor, network_of, stages_of, suffixes_of
 

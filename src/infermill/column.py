@@ -24,10 +24,11 @@ from infermill.hosts import is_web
 from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.parts import errors_column
-from infermill.pipeline import PartitionRows, Share, Stages, run_pipeline
+from infermill.pipeline import run_pipeline
 from infermill.predictions import TaskRows, blank, infer, needs_sizes
 from infermill.runtimes import Predictor
 from infermill.shipping import ShippedModel, errors_told
+from infermill.stages import PartitionRows, Share, Stages
 from infermill.stores import locate
 from infermill.task_resources import task_cores, task_devices
 from infermill.types import ObjectRef, Options, RuntimeName, Source

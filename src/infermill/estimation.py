@@ -12,10 +12,11 @@ from infermill.job import empty_source, tell_assumptions
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import open_model
-from infermill.pipeline import Share, run_pipeline
+from infermill.pipeline import run_pipeline
 from infermill.plan import cut, known_bytes, refs_of
 from infermill.runtimes import check_runtime
 from infermill.sources import list_source, rereadable
+from infermill.stages import Share
 from infermill.types import CardOptions, ObjectRef, Options
 from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of
 

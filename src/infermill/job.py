@@ -345,7 +345,7 @@ def _plan(driver: _Driver, source: str, now: Mapping[str, Any], kept: Mapping[st
     where, batches = list_source(source, options.suffix, options, suffixes_of(driver.model))
     tables = cut(_counted(batches, driver.meter), options.partition_objects, options.partition_bytes, options.limit)
     plan = NewPlan(driver.place, tables)
-    driver.meter.spend("list", time.perf_counter() - started)
+    driver.meter.spend("list", started)
     if not plan.info.objects:
         raise empty_source(source)
     if overwrite:
@@ -373,7 +373,7 @@ def _append(driver: _Driver, source: str, named: str, record: Record) -> tuple[R
             first=record.partitions,
         )
         plan = NewPlan(place, tables, record.partitions)
-        driver.meter.spend("list", time.perf_counter() - started)
+        driver.meter.spend("list", started)
         if changes.changed:
             place.probe_update()
         if changes.new:

@@ -14,8 +14,8 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,26 @@ _HEAD = struct.Struct("=dII")
 _STARTED, _STAGE_AND_COUNT = struct.Struct("=d"), struct.Struct("=II")
 _ROW = struct.Struct("=II")
 _SLOT_BYTES = _HEAD.size + ROWS_PER_SLOT * _ROW.size
-_STAGES: tuple[Literal["decode", "predict"], ...] = ("decode", "predict")
+_STAGES: tuple[Literal["decode", "predict"], Literal["decode", "predict"]] = ("decode", "predict")
+
+
+class _Note:
+    """An entry while it is there; a class, since a generator costs more than the entry does."""
+
+    __slots__ = ("_at", "_memory", "_rows", "_stage")
+
+    def __init__(self, memory: mmap.mmap, at: int, stage: str, rows: Sequence[tuple[int, int]]) -> None:
+        self._memory, self._at, self._stage, self._rows = memory, at, stage, rows[:ROWS_PER_SLOT]
+
+    def __enter__(self) -> None:
+        memory, at = self._memory, self._at
+        for index, row in enumerate(self._rows):
+            _ROW.pack_into(memory, at + _HEAD.size + index * _ROW.size, *row)
+        _STARTED.pack_into(memory, at, time.monotonic())
+        _STAGE_AND_COUNT.pack_into(memory, at + _STARTED.size, _STAGES.index(self._stage) + 1, len(self._rows))
+
+    def __exit__(self, *_: object) -> None:
+        _STAGE_AND_COUNT.pack_into(self._memory, self._at + _STARTED.size, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +96,11 @@ class Journal:
         self._memory.close()
         os.close(self.descriptor)
 
-    @contextmanager
-    def note(self, stage: Literal["decode", "predict"], rows: Sequence[tuple[int, int]]) -> Iterator[None]:
+    def note(
+        self, stage: Literal["decode", "predict"], rows: Sequence[tuple[int, int]]
+    ) -> AbstractContextManager[None]:
         """This thread works on these rows while the context is open."""
-        at = self._slot()
-        for index, row in enumerate(rows[:ROWS_PER_SLOT]):
-            _ROW.pack_into(self._memory, at + _HEAD.size + index * _ROW.size, *row)
-        _STARTED.pack_into(self._memory, at, time.monotonic())
-        count = min(len(rows), ROWS_PER_SLOT)
-        _STAGE_AND_COUNT.pack_into(self._memory, at + _STARTED.size, _STAGES.index(stage) + 1, count)
-        try:
-            yield
-        finally:
-            _STAGE_AND_COUNT.pack_into(self._memory, at + _STARTED.size, 0, 0)
+        return _Note(self._memory, self._slot(), stage, rows)
 
     def _slot(self) -> int:
         if not hasattr(self._thread, "slot"):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 WINDOW_BYTES = 1 << 20
-"Members of a shard in a store are read so many bytes at a time, so that it is not asked for each of them."
+"Members of a shard are read so many bytes at a time, so that a store, or a disk, is not asked for each of them."
 WINDOWS = 16
 "So many windows are kept: 16 MiB beside the bytes in flight."
 _UNPACKED_SHARDS = 8
@@ -55,10 +55,10 @@ def member_fetcher(source: Source, options: StoreOptions) -> Fetch:
         if images is not None and not shard.endswith(".bin"):
             admit(ref.size, reserve)
             return _picture(images.read(shard, ref.etag, member, ref.offset))
-        place = replace(ref, key=shard)
+        place = ObjectRef(shard, ref.size, ref.etag, ref.offset)
         if ref.size == 0:
             content: ReadableBuffer = b""
-        elif source.is_local or ref.size > WINDOW_BYTES // 2:
+        elif ref.size > WINDOW_BYTES // 2:
             content = whole(place, reserve)
         else:
             admit(ref.size, reserve)
@@ -103,16 +103,14 @@ class _Windows:
         self._windows: OrderedDict[_Key, Future[memoryview]] = OrderedDict()
 
     def read(self, ref: ObjectRef) -> bytes:
-        """The bytes of a ref, whose key is that of the shard; fewer where the shard ends."""
-        numbers = range(ref.offset // WINDOW_BYTES, (ref.offset + ref.size - 1) // WINDOW_BYTES + 1)
-        begin = ref.offset - numbers[0] * WINDOW_BYTES
-        joined = b"".join(
-            self._window(ref, number)[max(begin - place * WINDOW_BYTES, 0) : begin + ref.size - place * WINDOW_BYTES]
-            for place, number in enumerate(numbers)
-        )
-        if len(joined) < ref.size:
+        """The bytes of a ref, whose key is that of the shard, and whose size is half a window or less."""
+        number, begin = divmod(ref.offset, WINDOW_BYTES)
+        content = bytes(self._window(ref, number)[begin : begin + ref.size])
+        if begin + ref.size > WINDOW_BYTES:
+            content += self._window(ref, number + 1)[: ref.size - len(content)]
+        if len(content) < ref.size:
             raise BadInputError("fetch", "truncated", "the shard ends before it does")
-        return joined
+        return content
 
     def _window(self, ref: ObjectRef, number: int) -> memoryview:
         key = (ref.key, ref.etag, number)
@@ -124,7 +122,7 @@ class _Windows:
                 self._windows.popitem(last=False)
         if known is None:
             try:
-                content = self._read(replace(ref, offset=number * WINDOW_BYTES, size=WINDOW_BYTES))
+                content = self._read(ObjectRef(ref.key, WINDOW_BYTES, ref.etag, number * WINDOW_BYTES))
                 window.set_result(memoryview(content).cast("B"))
             except BaseException as error:  # noqa: BLE001 - raised below, in each thread that waits for it
                 with self._lock:

@@ -1,9 +1,12 @@
 """What a running job has done so far: counted by the workers' threads, read by the progress display."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from infermill.trace import Trace
 
 STAGES = ("list", "fetch", "decode", "predict", "write", "idle")
 
@@ -16,6 +19,13 @@ class Counts:
     size_bytes: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    fetch_idle_seconds: float = 0.0
+    looks: int = 0
+    "How often somebody looked at the queues."
+    fetched_seen: int = 0
+    "The sum of the objects that then waited to be decoded."
+    decoded_seen: int = 0
+    "And to be predicted."
     model_loads: int = 0
     halved_batches: int = 0
 
@@ -23,8 +33,9 @@ class Counts:
 class Meter:
     """Objects, bytes read, failures by code, and thread-seconds by stage; safe to use from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
         self._lock = threading.Lock()
+        self.trace = trace
         self.listed = 0
         self.todo: int | None = None  # objects of this run; None while the source is listed
         self.workers = 0
@@ -37,23 +48,48 @@ class Meter:
         self.size_bytes = 0
         self.failures: Counter[str] = Counter()
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self.fetch_idle_seconds = 0.0
+        self.looks = self.fetched_seen = self.decoded_seen = 0
         self.model_loads = 0
         self.halved_batches = 0
 
-    def spend(self, stage: str, seconds: float) -> None:
+    def spend(self, stage: str, started: float, waited_seconds: float = 0.0, objects: int = 1) -> float:
+        """This thread was busy in a stage since `started` (time.perf_counter), but for a time in which it waited.
+
+        Returns:
+            The seconds in which it was busy.
+        """
+        ended = time.perf_counter()
+        seconds = ended - started - waited_seconds
         with self._lock:
             self.stage_seconds[stage] += seconds
+        if self.trace is not None:
+            self.trace.add(stage, started, ended, objects)
+        return seconds
+
+    def wait(self, started: float) -> None:
+        """This fetch thread waited since `started` for room, or for something to fetch."""
+        seconds = time.perf_counter() - started
+        with self._lock:
+            self.fetch_idle_seconds += seconds
+
+    def look(self, fetched: int, decoded: int) -> None:
+        """So many objects wait at this moment to be decoded, and to be predicted."""
+        with self._lock:
+            self.looks += 1
+            self.fetched_seen += fetched
+            self.decoded_seen += decoded
 
     def fetched(self, size_bytes: int) -> None:
         with self._lock:
             self.size_bytes += size_bytes
 
-    def settled(self, code: str | None = None) -> None:
-        """One object is predicted, or failed with a code."""
+    def settled(self, objects: int = 1, code: str | None = None) -> None:
+        """Objects are predicted, or failed with a code."""
         with self._lock:
-            self.objects += 1
+            self.objects += objects
             if code is not None:
-                self.failures[code] += 1
+                self.failures[code] += objects
 
     def loaded(self) -> None:
         """A network is loaded."""
@@ -73,6 +109,10 @@ class Meter:
                 self.size_bytes,
                 dict(self.failures),
                 self.stage_seconds,
+                self.fetch_idle_seconds,
+                self.looks,
+                self.fetched_seen,
+                self.decoded_seen,
                 self.model_loads,
                 self.halved_batches,
             )
@@ -89,5 +129,9 @@ class Meter:
             self.failures = +self.failures
             for stage, seconds in counts.stage_seconds.items():
                 self.stage_seconds[stage] += seconds
+            self.fetch_idle_seconds += counts.fetch_idle_seconds
+            self.looks += counts.looks
+            self.fetched_seen += counts.fetched_seen
+            self.decoded_seen += counts.decoded_seen
             self.model_loads += counts.model_loads
             self.halved_batches += counts.halved_batches

@@ -16,27 +16,21 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from infermill.errors import BadInputError, ModelError
-from infermill.leases import ByteBudget, Lease
+from infermill.errors import BadInputError
+from infermill.leases import ByteBudget, Fetched, Pace, Packing
 from infermill.meter import Meter
+from infermill.stages import Image, Network, PartitionRows, Share, Stages
 from infermill.types import Failure, ObjectRef, Stage
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
-
-Image = NDArray[Any]
-"What is decoded: an image, or a tensor where the network takes those."
-Arrays = tuple[NDArray[np.generic], ...]
 Made = TypeVar("Made")
 MAX_BYTES_IN_FLIGHT = 64 << 20
+MAX_FETCHED = 64
+"Objects that wait to be decoded; more where there are many fetch threads."
 # Partitions that are read and not yet taken by the caller: a slow caller, or one slow object, slows the rest down.
 OPEN_PARTITIONS = 16
 # Decoding and the network displace each other from the caches of a core: so each goes on for a while.
@@ -48,87 +42,7 @@ _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 1.0
 
 
-class Share(NamedTuple):
-    """A partition as a worker gets it: its refs, and the rows that are known to fail."""
-
-    partition: int
-    refs: Sequence[ObjectRef]
-    verdicts: Mapping[int, Failure] = {}
-
-
-@dataclass(slots=True)
-class PartitionRows:
-    """A partition on its way: what is known of its rows. `kept` holds one array per kind of value, row by row."""
-
-    partition: int
-    refs: Sequence[ObjectRef]
-    kept: Arrays | None = None
-    failures: dict[int, Failure] = field(default_factory=dict)
-    settled: int = 0
-
-    @property
-    def is_finished(self) -> bool:
-        return self.settled == len(self.refs)
-
-    def keep(self, row: int, values: Arrays, index: int) -> None:
-        if self.kept is None:
-            self.kept = tuple(np.zeros((len(self.refs), *array.shape[1:]), array.dtype) for array in values)
-        for kept, array in zip(self.kept, values, strict=True):
-            if array.shape[1:] != kept.shape[1:]:
-                raise ModelError(
-                    f"the network answers {list(array.shape[1:])} for one image and {list(kept.shape[1:])} for another",
-                    "its outputs must have one shape; end it before the part whose length depends on the image",
-                )
-            kept[row] = array[index]
-
-    def predicted(self) -> NDArray[np.bool_]:
-        """Which rows have a prediction."""
-        mask = np.ones(len(self.refs), np.bool_)
-        mask[list(self.failures)] = False
-        return mask
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """A loaded network: up to `streams` threads at once call `predict` with batches of up to `batch_size` images."""
-
-    predict: Callable[[Image], Arrays]
-    "Raises MemoryError where there is no memory for a batch of this length."
-    finish: Callable[[Arrays], tuple[Arrays, NDArray[np.bool_]]]
-    "What is kept of each row, and which rows are finite."
-    streams: int
-    batch_size: int
-    is_on_cores: bool = True
-    "It computes on the cores that decode, and not on a device of its own."
-    is_fixed: bool = False
-    "Shorter batches cost as much as full ones."
-
-
-Watch = Callable[[Literal["decode", "predict"], Sequence[tuple[int, int]]], AbstractContextManager[None]]
-"Is told, by the thread that does it, which (partition, row) are decoded or predicted while the context is open."
-
-
-def unwatched(_stage: Literal["decode", "predict"], _rows: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
-    """A `Watch` that looks away."""
-    return nullcontext()
-
-
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """What the pipeline runs, and on how many threads."""
-
-    fetch: "Callable[[ObjectRef, Callable[[int], None]], ReadableBuffer]"
-    decode: "Callable[[ReadableBuffer], Image]"
-    load: Callable[[], Network]
-    fetch_threads: int
-    compute_threads: int
-    decoded_images: int
-    "How many images may wait for the network."
-    watch: Watch = unwatched
-
-
-@dataclass(frozen=True, slots=True)
-class _Input:
+class _Input(NamedTuple):
     rows: PartitionRows
     row: int
 
@@ -141,15 +55,16 @@ class _Input:
         return self.rows.partition, self.row
 
 
-class _Fetched(NamedTuple):
-    item: _Input
-    data: "ReadableBuffer"
-    lease: Lease
-
-
 class _Decoded(NamedTuple):
     item: _Input
     image: Image
+
+
+class _Work(NamedTuple):
+    """What a compute thread does next: objects to decode, or a batch to predict."""
+
+    fetched: Sequence[Fetched[_Input]] = ()
+    batch: Sequence[_Decoded] = ()
 
 
 def run_pipeline(shares: Iterable[Share], stages: Stages, meter: Meter) -> Generator[PartitionRows]:
@@ -173,7 +88,8 @@ class _Pipeline:
     def __init__(self, shares: Iterable[Share], stages: Stages, meter: Meter) -> None:
         self._stages = stages
         self._meter = meter
-        self._inputs = self._read(shares)
+        self._partitions = self._read(shares)
+        self._inputs: deque[_Input] = deque()
         self._inputs_lock = threading.Lock()
         self._open_partitions = threading.Semaphore(OPEN_PARTITIONS)
         self._budget = ByteBudget(MAX_BYTES_IN_FLIGHT)
@@ -182,9 +98,10 @@ class _Pipeline:
         self._room, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
         self._network: Network | None = None
         self._batch_size = 0
-        self._fetched: deque[_Fetched] = deque()
+        self._fetched: deque[Fetched[_Input]] = deque()
         self._decoded: deque[_Decoded] = deque()
         self._fetching, self._decoding, self._predicting = stages.fetch_threads, 0, 0
+        self._max_fetched = max(MAX_FETCHED, 4 * stages.fetch_threads)
         self._finished: queue.Queue[PartitionRows | BaseException | None] = queue.Queue()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -243,7 +160,7 @@ class _Pipeline:
             self._stop_threads()
             self._finished.put(error)
 
-    def _read(self, shares: Iterable[Share]) -> Iterator[_Input]:
+    def _read(self, shares: Iterable[Share]) -> Iterator[list[_Input]]:
         for partition, refs, verdicts in shares:
             while not self._open_partitions.acquire(timeout=_POLL_SECONDS):
                 if self._stopping.is_set():
@@ -251,67 +168,87 @@ class _Pipeline:
             rows = PartitionRows(partition, refs)
             if rows.is_finished:  # without a row
                 self._finished.put(rows)
-            for row in range(len(refs)):
-                if row in verdicts:
-                    self._fail(_Input(rows, row), verdicts[row])
-                else:
-                    yield _Input(rows, row)
+            for row in verdicts:
+                self._fail(_Input(rows, row), verdicts[row])
+            yield [_Input(rows, row) for row in range(len(refs)) if row not in verdicts]
 
     def _fetch_loop(self) -> None:
-        while not self._stopping.is_set():
-            with self._inputs_lock:
-                item = next(self._inputs, None)
-            if item is None:
-                break
-            lease = Lease(self._budget)
-            data = self._guarded("fetch", item, lambda: self._stages.fetch(item.ref, lease.take))  # noqa: B023
-            self._meter.spend("fetch", -lease.waited_seconds)
-            if data is None:
-                lease.give_back()
-            else:
-                self._meter.fetched(lease.size_bytes)
-                self._hand_over(_Fetched(item, data, lease))
-                del data  # or the next wait holds it beyond its lease
+        packing, pace = Packing(self._budget, self._hand_over), Pace()
+        while inputs := self._take_inputs(pace.count):
+            started, waited = time.perf_counter(), packing.waited_seconds
+            for item in inputs:
+                data = self._guarded("fetch", item, self._stages.fetch, item.ref, packing.reserve)
+                if data is None:
+                    packing.drop()
+                else:
+                    packing.add(item, data)
+                    del data  # or the next wait holds it beyond its budget
+            pace.took(self._meter.spend("fetch", started, packing.waited_seconds - waited, len(inputs)))
+            packing.hand_over()
         with self._lock:
             self._fetching -= 1
             self._work.notify_all()
 
-    def _hand_over(self, fetched: _Fetched) -> None:
+    def _take_inputs(self, count: int) -> list[_Input]:
+        """The next few inputs, of one partition; none at the end."""
+        started = time.perf_counter()
+        with self._inputs_lock:
+            while not self._inputs and not self._stopping.is_set():
+                partition = next(self._partitions, None)
+                if partition is None:
+                    break
+                self._inputs.extend(partition)
+            taken = [self._inputs.popleft() for _ in range(min(count, len(self._inputs)))]
+        self._meter.wait(started)
+        return taken
+
+    def _hand_over(self, fetched: list[Fetched[_Input]]) -> None:
+        self._meter.fetched(sum(one.size_bytes for one in fetched))
         with self._lock:
-            while len(self._fetched) >= 4 * self._stages.fetch_threads and not self._stopping.is_set():
-                self._room.wait()
-            self._fetched.append(fetched)
+            if len(self._fetched) >= self._max_fetched and not self._stopping.is_set():
+                started = time.perf_counter()
+                while len(self._fetched) >= self._max_fetched and not self._stopping.is_set():
+                    self._room.wait()
+                self._meter.wait(started)
+            self._fetched.extend(fetched)
             self._work.notify()
 
     def _compute_loop(self) -> None:
-        work: _Fetched | list[_Decoded] | None = []
-        while (work := self._next_work(was_predicting=isinstance(work, list))) is not None:
-            if isinstance(work, list):
-                self._predict(work)
+        pace, was_predicting = Pace(), True
+        while (work := self._next_work(pace.count, was_predicting=was_predicting)) is not None:
+            was_predicting = bool(work.batch)
+            if was_predicting:
+                self._predict(work.batch)
             else:
-                self._decode(*work)
+                pace.took(self._decode(work.fetched))
 
-    def _next_work(self, *, was_predicting: bool) -> _Fetched | list[_Decoded] | None:
-        """What is most worth doing: a batch to predict or an object to decode; None at the end of all."""
+    def _next_work(self, objects: int, *, was_predicting: bool) -> _Work | None:
+        """What is most worth doing: a batch to predict, or so many objects to decode; None at the end of all."""
         with self._lock:
             while not self._stopping.is_set():
+                self._meter.look(len(self._fetched), len(self._decoded))
                 can_predict = self._can_predict()
                 if can_predict and (was_predicting or len(self._decoded) >= self._enough()):
-                    return self._take_batch()
-                if self._fetched and len(self._decoded) + self._decoding < self._max_decoded():
-                    self._decoding += 1
-                    self._room.notify()
-                    return self._fetched.popleft()
+                    return _Work(batch=self._take_batch())
+                if self._fetched and (room := self._max_decoded() - len(self._decoded) - self._decoding) > 0:
+                    return _Work(self._take_fetched(min(objects, room)))
                 if can_predict:
-                    return self._take_batch()
+                    return _Work(batch=self._take_batch())
                 if self._is_all_decoded() and not self._decoded and self._network is not None:
                     if self._predicting == 0:
                         self._finished.put(None)
                     return None
                 started = time.perf_counter()
                 self._work.wait()
-                self._meter.spend("idle", time.perf_counter() - started)
+                self._meter.spend("idle", started)
         raise _StoppedError
+
+    def _take_fetched(self, count: int) -> list[Fetched[_Input]]:
+        others = self._stages.compute_threads
+        count = max(min(count, len(self._fetched) // others), 1)
+        self._decoding += count
+        self._room.notify()
+        return [self._fetched.popleft() for _ in range(count)]
 
     def _can_predict(self) -> bool:
         if self._network is None or self._predicting == self._network.streams or not self._decoded:
@@ -343,32 +280,38 @@ class _Pipeline:
         assert network is not None  # noqa: S101 - a batch is taken only when there is one
         return self._is_all_decoded() and network.is_on_cores and not network.is_fixed
 
-    def _decode(self, item: _Input, data: "ReadableBuffer", lease: Lease) -> None:
-        with self._stages.watch("decode", (item.place,)):
-            image = self._guarded("decode", item, lambda: self._stages.decode(data))
-        lease.give_back()
-        with self._lock:
-            self._decoding -= 1
+    def _decode(self, fetched: Sequence[Fetched[_Input]]) -> float:
+        started = time.perf_counter()
+        decoded = []
+        for item, data, _ in fetched:
+            with self._stages.watch("decode", (item.place,)):
+                image = self._guarded("decode", item, self._stages.decode, data)
             if image is not None:
-                self._decoded.append(_Decoded(item, image))
-            if self._is_all_decoded():
-                self._work.notify_all()
-            else:
-                self._work.notify()
+                decoded.append(_Decoded(item, image))
+        self._budget.release(sum(one.size_bytes for one in fetched))
+        seconds = self._meter.spend("decode", started, objects=len(fetched))
+        with self._lock:
+            self._decoding -= len(fetched)
+            self._decoded.extend(decoded)
+            self._tell_of_work()
+        return seconds
 
-    def _predict(self, batch: list[_Decoded]) -> None:
+    def _predict(self, batch: Sequence[_Decoded]) -> None:
         started = time.perf_counter()
         with self._stages.watch("predict", [one.item.place for one in batch]):
             self._predict_within_memory(batch)
-        self._meter.spend("predict", time.perf_counter() - started)
+        self._meter.spend("predict", started, objects=len(batch))
         with self._lock:
             self._predicting -= 1
-            if self._is_all_decoded():
-                self._work.notify_all()
-            else:
-                self._work.notify()
+            self._tell_of_work()
 
-    def _predict_within_memory(self, batch: list[_Decoded]) -> None:
+    def _tell_of_work(self) -> None:
+        if self._is_all_decoded():
+            self._work.notify_all()
+        else:
+            self._work.notify()
+
+    def _predict_within_memory(self, batch: Sequence[_Decoded]) -> None:
         """Predict a batch, in halves where there is not memory enough for the whole."""
         network = self._network
         assert network is not None  # noqa: S101 - a batch is taken only when there is one
@@ -386,39 +329,37 @@ class _Pipeline:
             self._predict_within_memory(batch[:half])
             self._predict_within_memory(batch[half:])
             return
+        rows_of: dict[int, tuple[PartitionRows, list[int], list[int]]] = {}
         for index, (item, _) in enumerate(batch):
             if finite[index]:
-                self._settle(item, values, index)
+                _, rows, indices = rows_of.setdefault(item.rows.partition, (item.rows, [], []))
+                rows.append(item.row)
+                indices.append(index)
             else:
                 self._fail(item, Failure("predict", "nonfinite", "the network answered NaN or infinity"))
+        for partition, rows, indices in rows_of.values():
+            with self._lock:
+                partition.keep(rows, values, indices)
+            self._settle(partition, len(rows))
 
-    def _guarded(self, stage: Stage, item: _Input, make: Callable[[], Made]) -> Made | None:
+    def _guarded(self, stage: Stage, item: _Input, make: Callable[..., Made], *arguments: Any) -> Made | None:
         """The one place where an input becomes a failure."""
-        started = time.perf_counter()
         try:
-            return make()
+            return make(*arguments)
         except BadInputError as error:
             self._fail(item, error.failure)
         except MemoryError as error:
             self._fail(item, Failure(stage, "oom", str(error) or "no memory for it"))
-        finally:
-            self._meter.spend(stage, time.perf_counter() - started)
         return None
 
     def _fail(self, item: _Input, failure: Failure) -> None:
         item.rows.failures[item.row] = failure
-        self._meter.settled(failure.code)
-        self._count_settled(item.rows)
+        self._settle(item.rows, 1, failure.code)
 
-    def _settle(self, item: _Input, values: Arrays, index: int) -> None:
+    def _settle(self, rows: PartitionRows, count: int, code: str | None = None) -> None:
+        self._meter.settled(count, code)
         with self._lock:
-            item.rows.keep(item.row, values, index)
-        self._meter.settled()
-        self._count_settled(item.rows)
-
-    def _count_settled(self, rows: PartitionRows) -> None:
-        with self._lock:
-            rows.settled += 1
+            rows.settled += count
             is_finished = rows.is_finished
         if is_finished:
             self._finished.put(rows)

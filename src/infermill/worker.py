@@ -26,13 +26,14 @@ from infermill.models.onnx import inspect_network
 from infermill.output import PLAN_FOLDER, Output
 from infermill.parts import rows_table
 from infermill.patience import has_answered
-from infermill.pipeline import Network, PartitionRows, Share, Stages, Watch, run_pipeline, unwatched
+from infermill.pipeline import run_pipeline
 from infermill.plan import PlanInfo, Revision, partition_reader
 from infermill.predictions import TaskRows, infer, needs_sizes, rows_for
 from infermill.runtimes import MODULES, Predictor, load
 from infermill.sources import IMAGE_SUFFIXES, TENSOR_SUFFIXES
 from infermill.sources.cifar import name_of
 from infermill.sources.shards import label_type
+from infermill.stages import Network, PartitionRows, Share, Stages, Watch, unwatched
 from infermill.types import Assignment, DecodeProfile, ObjectRef, Options, PartitionReport, Source
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def run_partitions(
             report = output.revise_part(rows.partition, revision.rows(rows.partition), table, report, job.notes)
         else:
             report = output.create_part(rows.partition, table, report, job.notes)
-        meter.spend("write", time.perf_counter() - started)
+        meter.spend("write", started)
         return report
 
     stages = stages_of(job.source, job.model, job.options, lambda: network_of(*loaded()), watch)

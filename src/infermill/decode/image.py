@@ -38,6 +38,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from infermill.decode import png
 from infermill.decode.resize import Picture, check_pixels, divisor_of, fit, with_size
 from infermill.errors import BadInputError
 from infermill.models.card import Preprocess
@@ -54,7 +55,7 @@ _JPEG = b"\xff\xd8\xff"
 # Classes, because Image.open warns from half of its limit on.
 _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     _JPEG: JpegImageFile,  # and MPO, whose first picture is a JPEG like any other
-    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    png.MAGIC: PngImageFile,
     b"GIF87a": GifImageFile,
     b"GIF89a": GifImageFile,
     b"RIFF": WebPImageFile,
@@ -113,7 +114,10 @@ def image_decoder(
 
     def decode(data: "ReadableBuffer") -> Row:
         content = bytes(data)
-        picture = _read_jpeg(content, preprocess, profile, max_pixels) if content.startswith(_JPEG) else None
+        if content.startswith(_JPEG):
+            picture = _read_jpeg(content, preprocess, profile, max_pixels)
+        else:
+            picture = _read_plain_png(content, max_pixels)
         picture = picture or _read(content, max_pixels)
         pixels = fit(picture, preprocess, profile, max_pixels)
         return with_size(pixels, picture) if sized else pixels
@@ -189,6 +193,14 @@ def _read_jpeg(data: bytes, preprocess: Preprocess, profile: DecodeProfile, max_
     if turn is not None:
         pixels = np.asarray(Image.fromarray(pixels).transpose(turn))
     return Picture(pixels, *size, divisor)
+
+
+def _read_plain_png(data: bytes, max_pixels: int) -> Picture | None:
+    if (size := png.plain_size(data)) is None:
+        return None
+    check_pixels(*size, max_pixels)
+    pixels = png.decode_plain(data, size)
+    return None if pixels is None else Picture(pixels, *size)
 
 
 def _jpeg_orientation(data: bytes) -> int:

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Literal
 
@@ -83,15 +83,22 @@ class _Watch:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
-    @contextmanager
-    def __call__(self, stage: Literal["decode", "predict"], rows: Sequence[tuple[int, int]]) -> Iterator[None]:
-        with self._journal.note(stage, rows):
-            try:
-                yield
-            except RuntimeDiedError as error:
-                if error.status < 0:
-                    signal.raise_signal(-error.status)
-                os._exit(max(error.status, 1))
+    def __call__(
+        self, stage: Literal["decode", "predict"], rows: Sequence[tuple[int, int]]
+    ) -> AbstractContextManager[None]:
+        note = self._journal.note(stage, rows)
+        return note if stage == "decode" else _dying_too(note)
+
+
+@contextmanager
+def _dying_too(note: AbstractContextManager[None]) -> Iterator[None]:
+    with note:
+        try:
+            yield
+        except RuntimeDiedError as error:
+            if error.status < 0:
+                signal.raise_signal(-error.status)
+            os._exit(max(error.status, 1))
 
 
 def _die_with_driver() -> None:
