@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infermill.meter import Meter
-from infermill.progress import bottleneck, duration, show_progress
+from infermill.progress import duration, show_progress
 from tests.networks import tiny_classifier
 from tests.test_job import write_photos
 
@@ -21,20 +21,6 @@ from tests.test_job import write_photos
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("busy", "expected"),
-    [
-        ({"predict": 19.0, "idle": 1.0, "decode": 9.0, "fetch": 1.0, "write": 0.0}, "predict"),
-        ({"predict": 5.0, "idle": 2.0, "decode": 19.0, "fetch": 1.0, "write": 0.0}, "decode"),
-        ({"predict": 5.0, "idle": 15.0, "decode": 1.0, "fetch": 39.0, "write": 1.0}, "fetch"),
-        ({"predict": 5.0, "idle": 15.0, "decode": 1.0, "fetch": 3.0, "write": 19.0}, "write"),
-        ({"predict": 0.0, "idle": 0.0, "decode": 0.0, "fetch": 0.0, "write": 0.0}, ""),
-    ],
-)
-def test_the_bottleneck_is_what_the_others_wait_for(busy: dict[str, float], expected: str) -> None:
-    assert bottleneck(busy) == expected
 
 
 def test_elsewhere_than_in_a_terminal_there_are_log_lines(
@@ -48,7 +34,7 @@ def test_elsewhere_than_in_a_terminal_there_are_log_lines(
         meter.todo, meter.model_loads = 100, 1
         for number in range(25):
             meter.fetched(1_000_000)
-            meter.settled("truncated" if number == 3 else None)
+            meter.settled(1, "truncated" if number == 3 else None)
         time.sleep(0.3)
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -4,14 +4,12 @@ run()    resolve the model -> plan, or resume or append to the job that is there
 retry()  the rows that failed for a passing reason -> engine -> summary and _SUCCESS
 """
 
-import json
 import logging
 import time
-import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,6 +18,7 @@ import pyarrow as pa
 from infermill import engines
 from infermill.budget import Budget
 from infermill.changes import Changes, failed_rows
+from infermill.driver import Driver
 from infermill.engines import Engine
 from infermill.errors import SourceError, StoreError, UsageError
 from infermill.meter import Meter
@@ -36,23 +35,20 @@ from infermill.record import (
     append_record,
     check_same_job,
     create_record,
-    differing_totals,
     fingerprint,
     model_reference,
     move_aside,
     read_record,
-    totals_of,
 )
 from infermill.refresh import refresher
 from infermill.runtimes import check_runtime
 from infermill.sources import list_source, rereadable
-from infermill.types import RETRYABLE, CardOptions, FailureCode, Options, PartitionReport, Summary
-from infermill.worker import Job, check_options, suffixes_of
+from infermill.types import RETRYABLE, CardOptions, FailureCode, Options, Summary
+from infermill.worker import check_options, suffixes_of
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-NO_REVISION = Revision.write([])
 Existing = Literal["resume", "append", "overwrite"]
 Display = Callable[[Meter], AbstractContextManager[object]]
 "Shows a meter while the context is open."
@@ -110,7 +106,7 @@ def run(
     place, meter = Output(str(output), options), Meter()
     changes: dict[str, Any] = {}
     with _started(engine, options) as running, rereadable(str(source)) as listed, display(meter):
-        driver = _Driver(place, opened, options, meter, running, started)
+        driver = Driver(place, opened, options, meter, running, started, profile=_profile_folder(options))
         now = fingerprint(listed, opened, options)
         record = None if existing == "overwrite" else read_record(place)
         if record is None:
@@ -185,7 +181,7 @@ def retry(
     opened = _open(model, options, card_options or record.card_options, is_here=engine is None or callable(engine))
     check_same_job(record, fingerprint(None, opened, options), place.uri)
     with _started(engine, options) as running, display(meter):
-        driver = _Driver(place, opened, options, meter, running, started)
+        driver = Driver(place, opened, options, meter, running, started, profile=_profile_folder(options))
         driver.read_reports(record)
         revision = Revision.write(_failed(driver, record, codes))
         driver.predict(record, (), 0, revision)
@@ -223,122 +219,11 @@ def _open(model: str | Path | ModelCard, options: Options, card_options: CardOpt
     return opened
 
 
-@dataclass
-class _Driver:
-    """One command at work on a job."""
-
-    place: Output
-    model: Model
-    options: Options
-    meter: Meter
-    engine: Engine
-    started: float
-    reports: dict[int, PartitionReport] = field(default_factory=dict)
-    has_revised: bool = False
-
-    def read_reports(self, record: Record) -> None:
-        """Learn from the parts what is done. Those with other numbers may be another driver's, which has appended."""
-        found = self.place.reports(record.notes)
-        self.reports = {number: report for number, report in found.items() if number < record.partitions}
-
-    def finish(self, record: Record) -> None:
-        """Predict the partitions without a part."""
-        self.read_reports(record)
-        todo = [number for number in range(record.partitions) if number not in self.reports]
-        if self.reports and todo:
-            logger.info("resuming: %d of %d partitions are done", len(self.reports), record.partitions)
-        done = sum(report.ok + report.failed for report in self.reports.values())
-        self.predict(record, todo, record.objects - done)
-
-    def predict(self, record: Record, ids: Sequence[int], objects: int, revision: bytes = NO_REVISION) -> None:
-        """Predict partitions, which hold so many objects, and supersede the rows of a revision."""
-        revised = Revision(revision)
-        self.meter.todo = self.meter.objects + objects + revised.objects
-        if not (ids or revised.objects):
-            return
-        job = Job(record.source, self.model, self.place.uri, self.options, record.plans)
-        if not revised.objects:
-            self.place.remove([SUCCESS_FILE])
-            self._run(job, ids, record.objects)
-            return
-        self.place.probe_update()
-        self.place.remove([SUCCESS_FILE])
-        self.has_revised = True
-        name = f"{FOLDER}/revisions/{uuid.uuid4().hex}.parquet"
-        self.place.create(name, revision)
-        try:
-            self._run(replace(job, revision=name), [*ids, *revised.partitions], record.objects)
-        finally:
-            self.place.delete([name])
-
-    def _run(self, job: Job, ids: Sequence[int], planned: int) -> None:
-        budget = Budget.parse(self.options.max_failures)
-        failed = sum(report.failed for report in self.reports.values())
-        settled = failed + sum(report.ok for report in self.reports.values())
-        for report in self.engine(job, ids, self.meter):
-            was = self.reports.get(report.partition)
-            self.reports[report.partition] = report
-            failed += report.failed - (was.failed if was else 0)
-            settled += 0 if was else report.ok + report.failed
-            if was is None:  # superseding rows can only better it
-                budget.check(failed, settled, planned)
-
-    def summary(self, record: Record) -> Summary:
-        """What is known of the job by now."""
-        codes: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        reports = [self.reports[number] for number in sorted(self.reports)]
-        for report in reports:
-            codes.update(report.failures_by_code)
-            examples = dict(report.example_keys) | examples
-        seconds = time.monotonic() - self.started
-        return Summary(
-            planned=record.objects,
-            ok=sum(report.ok for report in reports),
-            failed=codes.total(),
-            failures_by_code=dict(codes.most_common()),
-            example_keys=examples,
-            seconds=round(seconds, 3),
-            objects_per_second=round(self.meter.objects / seconds, 2),
-            stage_seconds={stage: round(spent, 3) for stage, spent in self.meter.stage_seconds.items()},
-            workers=self.meter.workers,
-            model_loads=self.meter.model_loads,
-            halved_batches=self.meter.halved_batches,
-            runtime=_all_of(report.runtime for report in reports),
-            precision=_all_of(report.precision for report in reports),
-            digest=self.model.digest,
-            output=self.place.uri,
-        )
-
-    def declare_success(self, record: Record) -> None:
-        """Leave a _SUCCESS with the totals, if every object of the plan is accounted for."""
-        current = self.place.read(SUCCESS_FILE)
-        others_appended = (read_record(self.place) or record).plans != record.plans
-        if not self.has_revised and not others_appended and len(self.reports) == record.partitions:
-            content = self._success(record)
-            if current is None and self.place.create(SUCCESS_FILE, json.dumps(content).encode()):
-                return
-            if current is not None and not differing_totals(current, content):
-                return
-        self.place.update(SUCCESS_FILE, self._corrected_success)
-
-    def _corrected_success(self, current: bytes | None) -> bytes | None:
-        # Others may have appended and superseded rows meanwhile: what holds is the record and the parts.
-        record = read_record(self.place)
-        if record is None:
-            return None
-        self.read_reports(record)
-        content = self._success(record)
-        is_current = current is not None and not differing_totals(current, content)
-        if len(self.reports) != record.partitions or is_current:
-            return None
-        return json.dumps(content).encode()
-
-    def _success(self, record: Record) -> dict[str, Any]:
-        return self.summary(record).as_json() | totals_of(record.objects, self.reports)
+def _profile_folder(options: Options) -> str | None:
+    return f"{FOLDER}/profile/{datetime.now(UTC):%Y%m%d-%H%M%S}" if options.profile else None
 
 
-def _plan(driver: _Driver, source: str, now: Mapping[str, Any], kept: Mapping[str, Any], overwrite: bool) -> Record:
+def _plan(driver: Driver, source: str, now: Mapping[str, Any], kept: Mapping[str, Any], overwrite: bool) -> Record:
     """List the source, write the plan, then the record that names it: who creates that first, wins."""
     started = time.perf_counter()
     options = driver.options
@@ -355,7 +240,7 @@ def _plan(driver: _Driver, source: str, now: Mapping[str, Any], kept: Mapping[st
     return create_record(driver.place, plan, Record(now, where, (plan.info,), **kept))
 
 
-def _append(driver: _Driver, source: str, named: str, record: Record) -> tuple[Record, dict[str, Any]]:
+def _append(driver: Driver, source: str, named: str, record: Record) -> tuple[Record, dict[str, Any]]:
     """Finish the job, list the source again, plan what is new, and predict that and what has changed."""
     place, options = driver.place, driver.options
     while True:
@@ -386,7 +271,7 @@ def _append(driver: _Driver, source: str, named: str, record: Record) -> tuple[R
         return record, {"new": changes.new, "changed": changes.changed, "unchanged": changes.unchanged}
 
 
-def _failed(driver: _Driver, record: Record, codes: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+def _failed(driver: Driver, record: Record, codes: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     """The rows to retry, by partition, with the sizes and etags that the objects have now."""
     refreshed = refresher(record.source, driver.options)
     for number, report in sorted(driver.reports.items()):
@@ -398,7 +283,3 @@ def _counted(batches: Iterable[pa.RecordBatch], meter: Meter) -> Iterator[pa.Rec
     for batch in batches:
         meter.listed += batch.num_rows
         yield batch
-
-
-def _all_of(names: Iterable[str]) -> str:
-    return ", ".join(sorted({one for name in names for one in name.split(", ")}))

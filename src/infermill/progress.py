@@ -3,11 +3,12 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from infermill.meter import Meter
+from infermill.verdict import bottleneck
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -131,12 +132,3 @@ class _Rates:
         then, objects, earlier = self._history[0]
         self.objects_per_second = (self._meter.objects - objects) / max(now - then, 1e-9)
         self.bottleneck = bottleneck({stage: stages[stage] - earlier[stage] for stage in stages})
-
-
-def bottleneck(busy_seconds: Mapping[str, float]) -> str:
-    """The stage that the others wait for: the one that keeps the compute threads busy, or lets them wait."""
-    computing = busy_seconds["predict"] + busy_seconds["decode"]
-    if not computing:
-        return ""
-    is_waiting = busy_seconds["idle"] > 0.2 * (computing + busy_seconds["idle"])
-    return max(("fetch", "write") if is_waiting else ("predict", "decode"), key=lambda stage: busy_seconds[stage])

@@ -58,6 +58,10 @@ def summary_text(summary: Summary) -> str:
     if summary.model_loads:
         stages = (f"{stage} {seconds:,.1f}" for stage, seconds in summary.stage_seconds.items())
         lines += ["", Text(f"thread-seconds: {' · '.join(stages)}", style="dim")]
+        if summary.verdict:
+            lines.append(Text(summary.verdict, style="dim"))
+    if summary.profile is not None:
+        lines.append(Text(f"traces for https://ui.perfetto.dev: {_visible(summary.profile)}"))
     lines += ["", Text(_visible(summary.output))]
     return _rendered(lines)
 

@@ -109,6 +109,8 @@ class Options(StoreOptions):
     "Images with more pixels than this are failures, told before they are decoded."
     max_failures: str | int | None = None
     "Budget of failures, as a number or in percent (1%); the command line ends with exit code 3 beyond it."
+    profile: bool = False
+    "Leave in the output what each thread of each worker did and when, as traces for https://ui.perfetto.dev."
     engine: EngineName = "local"
     "Where the workers run: on this machine, or as executors of Apache Spark."
     master: str | None = None
@@ -231,6 +233,9 @@ class Summary:
 
     `seconds` is wall time of this run. `stage_seconds` are thread-seconds of this run: time spent busy in
     each stage summed over its threads, and `idle`, the time in which a compute thread had nothing to do.
+    `idle_seconds` has that as `compute`, and as `fetch` the time in which fetch threads waited for room or the plan.
+    `queue_depths` are the mean numbers of objects that waited to be decoded, and to be predicted, whenever a compute
+    thread looked for work. `verdict` says in a sentence what sets the pace.
     """
 
     planned: int
@@ -241,6 +246,9 @@ class Summary:
     seconds: float
     objects_per_second: float
     stage_seconds: Mapping[str, float]
+    idle_seconds: Mapping[str, float]
+    queue_depths: Mapping[str, float]
+    verdict: str
     workers: int
     model_loads: int
     halved_batches: int
@@ -253,6 +261,8 @@ class Summary:
     changed: int | None = None
     unchanged: int | None = None
     retried: int | None = None
+    profile: str | None = None
+    "Where the traces of the workers are, if they were asked for."
 
     def as_json(self) -> dict[str, Any]:
         """The summary as plain JSON types."""

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -58,6 +59,8 @@ class Job:
     "The plan that the job was started with, and those that were appended; their partitions are numbered on."
     revision: str | None = None
     "The file of the rows that are predicted again."
+    profile: str | None = None
+    "The folder in the output for what the threads of each worker did and when."
 
     @property
     def notes(self) -> dict[str, str]:
@@ -136,6 +139,8 @@ def run_partitions(
         except StoreError:
             pool.shutdown(wait=False, cancel_futures=True)  # or each of them would wait for the same store
             raise
+    if meter.trace is not None and job.profile is not None:
+        output.create(f"{job.profile}/worker-{os.getpid()}-{uuid.uuid4().hex[:8]}.json", meter.trace.as_json())
 
 
 def trust_stores(job: Job) -> None:

@@ -24,6 +24,7 @@ from infermill.imports import leave_out_pandas
 from infermill.journal import Journal
 from infermill.meter import Meter
 from infermill.runtimes import MODULES
+from infermill.trace import Trace
 from infermill.types import Assignment
 from infermill.worker import Job, LoadedNetwork, run_partitions, trust_stores, try_each
 
@@ -129,7 +130,7 @@ def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
         while True:
             task = driver.receive_task()
             trust_stores(task.job)
-            meter = Meter()
+            meter = Meter(Trace() if task.job.profile else None)
             if task.suspects is None:
                 _run(driver, task.job, journal, network, meter)
             else:
