@@ -86,7 +86,7 @@ def test_keys_in_the_environment_are_found(aws_environment: pytest.MonkeyPatch) 
     [
         (["default", "mine"], None, "profile default"),
         (["default", "mine"], "mine", "profile mine"),
-        (["mine"], None, "profile mine, with --profile mine"),
+        (["mine"], None, "profile mine, with --aws-profile mine"),
     ],
 )
 def test_a_profile_is_found(

@@ -182,7 +182,7 @@ def test_threads_that_start_together_open_the_store_once(
     write_profile(aws_environment, tmp_path, credential_process(tmp_path, "AKIAMINE", "hunter2"))
     scripted_store.objects[f"/photos/{key}"] = b"cat"
     fetch = fetcher(
-        Source("s3://photos"), StoreOptions(endpoint_url=scripted_store.options.endpoint_url, profile="mine")
+        Source("s3://photos"), StoreOptions(endpoint_url=scripted_store.options.endpoint_url, aws_profile="mine")
     )
     start = threading.Barrier(16)
 

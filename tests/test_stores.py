@@ -186,7 +186,7 @@ def test_wrong_credentials_are_told(
     problem = problem_of(action, moto_auth_server.bucket, moto_auth_server.options)
     assert isinstance(problem, StoreError)
     assert f"access to s3://{moto_auth_server.bucket}/" in problem.message
-    assert "--profile" in problem.hint
+    assert "--aws-profile" in problem.hint
     assert "--anonymous" in problem.hint
     assert "hunter2" not in str(problem)
 
@@ -286,7 +286,7 @@ def test_a_profile_is_followed_through_boto3(
 ) -> None:
     settings = credential_process(tmp_path, moto_auth_server.access_key_id, moto_auth_server.secret_access_key)
     write_profile(aws_environment, tmp_path, settings)
-    options = StoreOptions(endpoint_url=moto_auth_server.endpoint, profile="mine")
+    options = StoreOptions(endpoint_url=moto_auth_server.endpoint, aws_profile="mine")
     assert action(moto_auth_server.bucket, options)
 
 
@@ -296,7 +296,7 @@ def test_a_profile_comes_before_the_environment_and_is_asked_once(
 ) -> None:
     write_profile(aws_environment, tmp_path, credential_process(tmp_path, "AKIAMINE", "hunter2"))
     scripted_store.objects[f"/photos/{key}"] = b"cat"
-    options = StoreOptions(endpoint_url=scripted_store.options.endpoint_url, profile="mine")
+    options = StoreOptions(endpoint_url=scripted_store.options.endpoint_url, aws_profile="mine")
     fetch = fetcher(Source("s3://photos"), options)
     assert [bytes(fetch(ObjectRef(key))) for _ in range(3)] == [b"cat"] * 3
     assert set(scripted_store.credentials) == {"AKIAMINE"}
@@ -332,16 +332,16 @@ def test_a_profile_without_credentials_is_told(
     settings: str, reason: str, aws_environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_profile(aws_environment, tmp_path, settings)
-    problem = problem_of(list_bucket, "photos", StoreOptions(profile="mine"))
+    problem = problem_of(list_bucket, "photos", StoreOptions(aws_profile="mine"))
     assert reason in problem.message
     assert "AWS_ACCESS_KEY_ID" in problem.hint
 
 
 @pytest.mark.parametrize("action", [list_bucket, fetch_object, fetch_exactly])
 def test_an_unknown_profile_is_told(action: Action, aws_environment: pytest.MonkeyPatch) -> None:
-    problem = problem_of(action, "photos", StoreOptions(profile="nobodys"))
+    problem = problem_of(action, "photos", StoreOptions(aws_profile="nobodys"))
     assert "nobodys" in problem.message
-    assert "--profile" in problem.hint
+    assert "--aws-profile" in problem.hint
 
 
 def test_a_machine_without_credentials_is_told(aws_environment: pytest.MonkeyPatch) -> None:
@@ -358,14 +358,14 @@ def test_a_profile_that_is_not_logged_in_is_told(
     sso = "sso_start_url = https://zoo.awsapps.com/start\nsso_region = us-east-1\nsso_account_id = 1\nsso_role_name = r"
     write_profile(aws_environment, tmp_path, sso)
     aws_environment.setenv("HOME", str(tmp_path))
-    problem = problem_of(action, "photos", StoreOptions(endpoint_url="http://127.0.0.1:9", profile="mine"))
+    problem = problem_of(action, "photos", StoreOptions(endpoint_url="http://127.0.0.1:9", aws_profile="mine"))
     assert "is denied" in problem.message
     assert "aws sso login" in problem.hint
 
 
 def test_a_profile_without_boto3_is_bad_usage(aws_environment: pytest.MonkeyPatch) -> None:
     aws_environment.setitem(sys.modules, "boto3", None)
-    problem = problem_of(list_bucket, "photos", StoreOptions(profile="mine"))
+    problem = problem_of(list_bucket, "photos", StoreOptions(aws_profile="mine"))
     assert isinstance(problem, UsageError)
     assert problem.hint == "pip install 'infermill[aws]'"
 
@@ -387,7 +387,7 @@ def test_both_clients_put_the_bucket_into_the_path_and_take_the_region_of_the_pr
     aws_environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_profile(aws_environment, tmp_path, "aws_access_key_id = a\naws_secret_access_key = b", "eu-west-1")
-    options = StoreOptions(endpoint_url="https://minio.example.com", profile="mine")
+    options = StoreOptions(endpoint_url="https://minio.example.com", aws_profile="mine")
     _, client = open_s3_client(locate("s3://photos"), options)
     assert client.generate_presigned_url("head_bucket", {"Bucket": "photos"}).startswith(
         "https://minio.example.com/photos?"

@@ -159,7 +159,7 @@ def _s3_credentials() -> Finding:
         "S3 credentials",
         False,
         "none in the environment; an instance's role may still serve",
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass --profile or --anonymous",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass --aws-profile or --anonymous",
         optional=True,
     )
     profile = os.environ.get("AWS_PROFILE")
@@ -176,5 +176,5 @@ def _s3_credentials() -> Finding:
         return replace(missing, detail=str(error))
     if not profiles:
         return missing
-    named = profile or ("default" if "default" in profiles else f"{profiles[0]}, with --profile {profiles[0]}")
+    named = profile or ("default" if "default" in profiles else f"{profiles[0]}, with --aws-profile {profiles[0]}")
     return replace(missing, usable=True, detail=f"profile {named}", hint="")

@@ -116,7 +116,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     if ":" in container or (scheme != "az" and "@" in container):
         raise UsageError(
             f"no bucket has a name with `:` or `@`, as the one after {scheme}:// has",
-            "credentials do not belong in a URI: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a --profile",
+            "credentials do not belong in a URI: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a --aws-profile",
         )
     return Location(scheme, f"{scheme}://{container}", path_inside)
 
@@ -138,7 +138,7 @@ def open_store(location: Location, options: StoreOptions) -> "ObjectStore":
 
     Raises:
         StoreError: no credentials were found.
-        UsageError: `options.profile` is set and boto3 is not installed, or the URI or a setting cannot be right.
+        UsageError: `options.aws_profile` is set and boto3 is not installed, or the URI or a setting cannot be right.
     """
     deadline_seconds = options.store_deadline
     if not 0 < deadline_seconds <= _LONGEST_DEADLINE_SECONDS:
@@ -220,20 +220,21 @@ def endpoint_of(options: StoreOptions) -> str | None:
 
 def _boto3_credentials(options: StoreOptions) -> Any:
     """boto3's chain (profiles, SSO, assumed roles), or None where the environment or obstore's own chain serves."""
-    if options.profile is None and "AWS_ACCESS_KEY_ID" in os.environ:
+    if options.aws_profile is None and "AWS_ACCESS_KEY_ID" in os.environ:
         return None
     try:
         import boto3
         import botocore.exceptions
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
-        if options.profile is None:
+        if options.aws_profile is None:
             return None
         raise UsageError(
-            f"the AWS profile {options.profile!r} needs boto3, which is not installed", "pip install 'infermill[aws]'"
+            f"the AWS profile {options.aws_profile!r} needs boto3, which is not installed",
+            "pip install 'infermill[aws]'",
         ) from None
     try:
-        return Boto3CredentialProvider(boto3.Session(profile_name=options.profile))
+        return Boto3CredentialProvider(boto3.Session(profile_name=options.aws_profile))
     except botocore.exceptions.BotoCoreError as error:
         raise _no_credentials(f": {_detail(error)}") from None
     except ValueError:  # the provider's own, for a chain that ends without credentials
@@ -243,7 +244,7 @@ def _boto3_credentials(options: StoreOptions) -> Any:
 def _no_credentials(reason: str = "") -> StoreError:
     return StoreError(
         f"no AWS credentials were found{reason}",
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a --profile, or pass --anonymous",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a --aws-profile, or pass --anonymous",
     )
 
 
@@ -283,7 +284,7 @@ def open_s3_client(location: Location, options: StoreOptions) -> tuple[str, Any]
         signature_version=UNSIGNED if options.anonymous else None,
     )
     try:
-        session = boto3.Session(profile_name=options.profile)
+        session = boto3.Session(profile_name=options.aws_profile)
         region = options.region or session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
         client = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except BotoCoreError as error:
@@ -342,7 +343,7 @@ def _explain_answer(error: Exception, uri: str) -> StoreError:
         remedy = "renew them, and run the same command again: what is finished stays"
         return StoreError(f"the credentials for {uri} have expired", f"{remedy}; the store said: {detail}")
     if code in _DENIED or _REFUSED.search(_told(error)) or isinstance(error, UnauthenticatedError):
-        remedy = "check the credentials (--profile, AWS_ACCESS_KEY_ID), or pass --anonymous"
+        remedy = "check the credentials (--aws-profile, AWS_ACCESS_KEY_ID), or pass --anonymous"
         return StoreError(f"access to {uri} is denied", f"{remedy}; the store said: {detail}")
     return StoreError(
         f"{uri} does not answer: {detail}", "check the network and --endpoint-url, then run the same command again"

@@ -72,7 +72,7 @@ class StoreOptions:
     "URL of an S3-compatible server."
     anonymous: bool = False
     "Send unsigned requests, as public buckets want."
-    profile: str | None = None
+    aws_profile: str | None = None
     "AWS profile, SSO included (needs boto3: the extra `aws`)."
     region: str | None = None
     "AWS region."
