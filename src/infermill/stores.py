@@ -116,7 +116,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     if ":" in container or (scheme != "az" and "@" in container):
         raise UsageError(
             f"no bucket has a name with `:` or `@`, as the one after {scheme}:// has",
-            "credentials do not belong in a URI: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a --aws-profile",
+            "credentials do not belong in a URI: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or --aws-profile",
         )
     return Location(scheme, f"{scheme}://{container}", path_inside)
 
@@ -244,7 +244,7 @@ def _boto3_credentials(options: StoreOptions) -> Any:
 def _no_credentials(reason: str = "") -> StoreError:
     return StoreError(
         f"no AWS credentials were found{reason}",
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a --aws-profile, or pass --anonymous",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name an --aws-profile, or pass --anonymous",
     )
 
 
