@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml.constructor import ConstructorError
 
 from infermill.errors import ModelError
-from infermill.types import DetectionFormat, Task
+from infermill.types import DetectionFormat, Precision, Task
 
 Activation = Literal["softmax", "sigmoid", "none"]
 Color = Literal["RGB", "BGR"]
@@ -212,6 +212,9 @@ class ModelCard(_Strict):
         default=Preprocess(), description="From the image to the input; null where the input is a tensor as it is."
     )
     output: Output = Output()
+    precision: Precision = Field(
+        default="fp32", description="What the network computes in, where the runtime and the processor have it."
+    )
     labels: str | tuple[str, ...] | None = Field(default=None, description="A file of one label a line, or a list.")
     classes: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="How many classes the network must have."
@@ -309,7 +312,9 @@ def card_schema() -> dict[str, Any]:
 def deciding_fields(card: ModelCard) -> dict[str, Any]:
     """What of a card predictions depend on, as plain JSON types: all but its name, paths and labels."""
     exclude: dict[str, Any] = dict.fromkeys(("name", "files", "labels", "classes"), True)
-    # What came with detection is left out where it says nothing: other cards keep the digest that they had before.
+    # What came later is left out where it says nothing: other cards keep the digest that they had before.
+    if card.precision == "fp32":
+        exclude["precision"] = True
     if card.task != "detection":
         exclude["output"] = DETECTION_FIELDS
     if card.preprocess is not None and card.preprocess.letterbox is None:
