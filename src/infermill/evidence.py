@@ -137,7 +137,8 @@ def answers(card: ModelCard, outputs: Arrays) -> Arrays:
     if card.task == "raw":
         return outputs
     values = outputs[0].reshape(len(outputs[0]), -1).astype(np.float32, copy=False)
-    is_number = np.isfinite(values).all(axis=1)[:, None]  # a softmax would take minus infinity for a score of 0
+    # A softmax would take minus infinity for a score of 0.
+    is_number = np.asarray(np.isfinite(values).all(axis=1))[:, None]
     return (np.where(is_number, activate(np.where(is_number, values, 0), card.output.activation), np.nan),)
 
 
