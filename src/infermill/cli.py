@@ -36,6 +36,10 @@ StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
 Json = Annotated[bool, Parameter(help="Print the result as one JSON object.")]
 SOURCE_HELP = "Folder, file, glob, shard, manifest (.txt, .parquet, - for standard input), or s3://, gs://, az:// URI."
 Source = Annotated[str, Parameter(help=SOURCE_HELP, allow_leading_hyphen=True)]  # `-`
+TOLERANCE_HELP = (
+    "Difference that is none, as a part of the largest value; in a lower precision, of the agreement. "
+    "(default: 0.0001; 0.01 in a lower precision)"
+)
 Output = Annotated[str, Parameter(help="The folder or URI that `run` wrote to.")]
 NO_OPTIONS = Options()
 NO_STORE_OPTIONS = StoreOptions()
@@ -171,13 +175,13 @@ def check(
     /,
     *,
     model: Model,
-    against: Annotated[RuntimeName, Parameter(help="The runtime that is right.")],
-    tolerance: Annotated[float, Parameter(help="Difference that is none, as a part of the largest value.")] = 1e-4,
+    against: Annotated[RuntimeName, Parameter(help="The runtime that is right, in fp32.")],
+    tolerance: Annotated[float | None, Parameter(help=TOLERANCE_HELP)] = None,
     json: Json = False,
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,
 ) -> int:
-    """Run a sample of SOURCE in two runtimes; where their answers differ, find the first layer that does."""
+    """Run a sample of SOURCE in two runtimes, or two precisions; find the first layer that differs."""
     from infermill import report
     from infermill.check import check as check_model
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from infermill.datasets import Unpacked
     from infermill.doctor import Finding
     from infermill.estimation import Estimate
+    from infermill.evidence import Evidence
     from infermill.models.conversion import Conversion
     from infermill.models.inspection import Inspection
 
@@ -156,7 +157,7 @@ def inspection_text(inspection: "Inspection") -> str:
         for tensor in tensors:
             shape = ", ".join("?" if size is None else str(size) for size in tensor.shape or ())
             table.add_row(kind, Text(tensor.name), tensor.dtype, Text(f"[{shape}]"))
-    lines: list[RenderableType] = [table, ""]
+    lines: list[RenderableType] = [table, Text(f"computed in {inspection.precision}", style="dim"), ""]
     lines += [Text(f"assumed: {line}", style="yellow") for line in inspection.assumptions]
     if inspection.problem:
         lines.append(Text(f"problem: {inspection.problem}", style="red"))
@@ -183,10 +184,17 @@ def comparison_text(comparison: "Comparison") -> str:
         top1 = "" if one.top1 is None else f"{one.top1:.1%}"
         table.add_row(Text(_visible(one.name)), f"{one.absolute:.2g}", f"{one.relative:.2g}", top1)
     skipped = f", {comparison.skipped:,} cannot be decoded" if comparison.skipped else ""
-    what = f"{comparison.runtime} against {comparison.against}: {comparison.inputs:,} inputs{skipped}"
+    sides = comparison.runtime, comparison.against
+    if comparison.is_lower:
+        sides = f"{sides[0]} in {comparison.precision}", f"{sides[1]} in {comparison.against_precision}"
+    what = f"{sides[0]} against {sides[1]}: {comparison.inputs:,} inputs{skipped}"
     lines: list[RenderableType] = [Text(what), "", table, ""]
     tolerance, layer = f"{comparison.tolerance:g} of the largest value", comparison.layer
-    if comparison.agrees:
+    if comparison.is_lower:
+        verdict = ("agree", "green") if comparison.agrees else ("differ", "red")
+        told = _evidence(comparison.evidence)
+        lines += [Text.assemble(verdict, f": {told[0]}; wanted: {1 - comparison.tolerance:.4g}"), *map(Text, told[1:])]
+    elif comparison.agrees:
         lines.append(Text.assemble(("agree", "green"), f": no output differs by more than {tolerance}"))
     elif layer is None:
         lines += [
@@ -201,6 +209,26 @@ def comparison_text(comparison: "Comparison") -> str:
             Text(f"max |Δ| there: {apart}"),
         ]
     return _rendered(lines)
+
+
+def _evidence(evidence: "Evidence") -> list[str]:
+    """The agreement, then how far the answers are apart."""
+    if evidence.interval is not None:
+        low, high = evidence.interval
+        lines = [
+            f"the same top-1 for {evidence.agreement:.1%} of {evidence.objects:,} (95 % interval {low:.1%} to {high:.1%})"
+        ]
+    else:
+        lines = [f"{_AGREEMENTS[evidence.measure]} {evidence.agreement:.4g}, the mean of {evidence.objects:,}"]
+    delta = f"max {evidence.max_delta:.2g}, mean {evidence.mean_delta:.2g}"
+    lines.append(f"{_DELTAS[evidence.measure]}: {delta}")
+    if evidence.nonfinite:
+        lines.append(f"NaN or infinity for {evidence.nonfinite:,}, which fp32 answers with numbers")
+    return lines
+
+
+_AGREEMENTS: dict[str, str] = {"cosine": "cosine similarity", "relative error": "1 - relative error"}
+_DELTAS: dict[str, str] = {"top-1": "|Δp|", "cosine": "1 - cosine similarity", "relative error": "relative error"}
 
 
 def unpacked_text(unpacked: "Unpacked") -> str:
