@@ -165,6 +165,8 @@ def weights(tmp_path: Path) -> dict[str, Path]:
         {"output": {"name": "logits"}},
         {"output": {"activation": "softmax"}},
         {"output": {"top_k": 4}},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
     ],
 )
 def test_the_digest_covers_each_field_that_predictions_depend_on(
@@ -177,6 +179,7 @@ def test_the_digest_covers_each_field_that_predictions_depend_on(
     ("fields", "hexdigest"),
     [
         ({}, "40ab3674a69adb48af305ca4975e35551736de69e987b3c344f7e15cbe1089dc"),
+        ({"precision": "fp32"}, "40ab3674a69adb48af305ca4975e35551736de69e987b3c344f7e15cbe1089dc"),
         (
             {**yaml.safe_load(EXAMPLE), "labels": ["a", "b"]},
             "81fdb95f362a932f05e8ec0ec19360916330fb83616bd4b615fc08f83fef677c",

@@ -123,9 +123,9 @@ def _precisions() -> Finding:
     except _BROKEN as error:
         return replace(_broken("precisions", error), hint="", optional=True)
     lacking = [name for name in module.PRECISIONS if name not in found]
-    told = f"{', '.join(found)} with OpenVINO" + (
-        f"; this processor has no {' and no '.join(lacking)}" if lacking else ""
-    )
+    told = f"{', '.join(found)} with OpenVINO"
+    if lacking:
+        told += f"; this processor has no {' and no '.join(lacking)}"
     return Finding("precisions", True, told, optional=True)
 
 

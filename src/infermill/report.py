@@ -192,8 +192,8 @@ def comparison_text(comparison: "Comparison") -> str:
     tolerance, layer = f"{comparison.tolerance:g} of the largest value", comparison.layer
     if comparison.is_lower:
         verdict = ("agree", "green") if comparison.agrees else ("differ", "red")
-        told = _evidence(comparison.evidence)
-        lines += [Text.assemble(verdict, f": {told[0]}; wanted: {1 - comparison.tolerance:.4g}"), *map(Text, told[1:])]
+        told = _evidence(comparison.evidence, comparison.tolerance)
+        lines += [Text.assemble(verdict, f": {told[0]}"), *map(Text, told[1:])]
     elif comparison.agrees:
         lines.append(Text.assemble(("agree", "green"), f": no output differs by more than {tolerance}"))
     elif layer is None:
@@ -211,19 +211,21 @@ def comparison_text(comparison: "Comparison") -> str:
     return _rendered(lines)
 
 
-def _evidence(evidence: "Evidence") -> list[str]:
+def _evidence(evidence: "Evidence", tolerance: float) -> list[str]:
     """The agreement, then how far the answers are apart."""
+    wanted = 1 - tolerance
     if evidence.interval is not None:
         low, high = evidence.interval
-        lines = [
-            f"the same top-1 for {evidence.agreement:.1%} of {evidence.objects:,} (95 % interval {low:.1%} to {high:.1%})"
-        ]
+        interval = f"95 % interval {low:.1%} to {high:.1%}, which should reach {wanted:.1%}"
+        lines = [f"the same top-1 for {evidence.agreement:.1%} of {evidence.objects:,} ({interval})"]
     else:
-        lines = [f"{_AGREEMENTS[evidence.measure]} {evidence.agreement:.4g}, the mean of {evidence.objects:,}"]
-    delta = f"max {evidence.max_delta:.2g}, mean {evidence.mean_delta:.2g}"
-    lines.append(f"{_DELTAS[evidence.measure]}: {delta}")
+        mean = f"{_AGREEMENTS[evidence.measure]} is {evidence.agreement:.4g}"
+        lines = [f"{mean} in the mean of {evidence.objects:,} (it should reach {wanted:.4g})"]
+    lines.append(
+        f"{_DELTAS[evidence.measure]}: {evidence.max_delta:.2g} at most, {evidence.mean_delta:.2g} in the mean"
+    )
     if evidence.nonfinite:
-        lines.append(f"NaN or infinity for {evidence.nonfinite:,}, which fp32 answers with numbers")
+        lines.append(f"NaN or infinity for {evidence.nonfinite:,} that fp32 answers with numbers")
     return lines
 
 

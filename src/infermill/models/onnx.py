@@ -15,7 +15,10 @@ DTYPES = {number: name.lower() for name, number in onnx.TensorProto.DataType.ite
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 INT8_OPS = ("DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 # Operators that pass values on as they are: what stands behind them tells more about the network.
-PASSIVE_OPS = ("Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout")
+PASSIVE_OPS = (
+    "Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout",
+    "QuantizeLinear", "DequantizeLinear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
