@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from infermill.estimation import Estimate
     from infermill.models.conversion import Conversion
     from infermill.models.inspection import Inspection
+    from infermill.quantize import Quantization
 
 
 SHOWN_PARTITIONS = 20
@@ -201,6 +202,49 @@ def comparison_text(comparison: "Comparison") -> str:
             Text(f"max |Δ| there: {apart}"),
         ]
     return _rendered(lines)
+
+
+def quantization_text(found: "Quantization") -> str:
+    """The evidence for a network in int8, its worst objects where it is not enough, and the two files."""
+    evidence = found.evidence
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    what = {"top-1": "the same best class", "cosine": "mean cosine similarity", "relative error": "1 - relative error"}
+    lines = [(what[evidence.measure], f"{evidence.agreement:.2%}{_between(evidence.interval)}")]
+    difference = "|Δp|" if evidence.measure == "top-1" else "difference"
+    lines.append((difference, f"max {evidence.max_delta:.3f}, mean {evidence.mean_delta:.4f}"))
+    if evidence.nonfinite:
+        lines.append(("NaN or infinity", f"{evidence.nonfinite:,} objects"))
+    if evidence.accuracy is not None:
+        for name, one in zip(("fp32", "int8"), evidence.accuracy, strict=True):
+            lines.append((f"accuracy in {name}", f"{one.share:.2%}{_between(one.interval)} of {one.of:,}"))
+    share = "" if found.int8_share is None else f", {found.int8_share:.0%} of multiplications in int8"
+    lines.append(("kept in float", f"{len(found.kept_in_float)} of {found.nodes} nodes{share}"))
+    for name, value in lines:
+        table.add_row(name, Text(value))
+    skipped = f", {found.skipped:,} cannot be decoded" if found.skipped else ""
+    what_for = f"calibrated with {found.calibrated:,}, chosen with {found.selected:,}{skipped}"
+    head = f"int8 against fp32 on {found.runtime}: {evidence.objects:,} objects ({what_for})"
+    shown: list[RenderableType] = [Text(head), "", table, ""]
+    if not found.passed:
+        return _rendered([*shown, _worst(found)])
+    return _rendered([*shown, Text(_visible(str(found.network))), Text(_visible(str(found.card)))])
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" (95 %: {interval[0]:.2%} to {interval[1]:.2%})"
+
+
+def _worst(found: "Quantization") -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("worst objects", "fp32", "int8"):
+        table.add_column(column, overflow="fold")
+    table.add_column("|Δp|", justify="right")
+    for one in found.worst:
+        delta = "NaN" if one.delta is None else f"{one.delta:.3f}"
+        table.add_row(*(Text(_visible(text or "")) for text in (one.key, one.fp32, one.int8)), delta)
+    return table
 
 
 def unpacked_text(unpacked: "Unpacked") -> str:
