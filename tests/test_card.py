@@ -54,7 +54,7 @@ def test_the_example_of_the_documentation_is_a_card() -> None:
         ({"preprocess": {"activation": "none"}}, "`preprocess.activation`", "did you mean `output.activation`?"),
         ({"preprocess": {"crop": {"centre": [2, 2]}}}, "`preprocess.crop.centre`", "`preprocess.crop.center`?"),
         ({"nam": "x", "name": None}, "unknown field `nam`", "did you mean `name`?"),
-        ({"zzz": 1}, "unknown field `zzz`", "known fields here: classes, files, input, labels, name"),
+        ({"zzz": 1}, "unknown field `zzz`", "known fields here: classes, evidence, files, input, labels, name"),
         ({"files": {"onnx": "a", "w": "b"}}, "unknown field `files.w`", "known fields here: archive, onnx, params"),
     ],
 )

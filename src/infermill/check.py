@@ -255,10 +255,11 @@ def _inputs(model: Model, predictor: Predictor, source: str | Path | None, optio
         if not sample.refs:
             raise empty_source(str(source))
         stages = stages_of(where, model, options, lambda: network_of(predictor, rows_for(model, predictor)))
-        yield _Inputs(_decoded(ref, stages) for ref in sample.refs)
+        yield _Inputs(decoded(ref, stages) for ref in sample.refs)
 
 
-def _decoded(ref: ObjectRef, stages: Stages) -> Row | None:
+def decoded(ref: ObjectRef, stages: Stages) -> Row | None:
+    """An object as the network takes it, or None where it cannot be fetched or decoded."""
     try:
         row = stages.decode(stages.fetch(ref, lambda _: None))
     except BadInputError:

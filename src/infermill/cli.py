@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.validators import mutually_exclusive
 
 from infermill import __version__
-from infermill.errors import BudgetError, InfermillError, UsageError
+from infermill.errors import BudgetError, EvidenceError, InfermillError, UsageError
 from infermill.imports import leave_out_pandas
 from infermill.types import RETRYABLE, CardOptions, DatasetHome, EngineName, Options, RuntimeName, Split, StoreOptions
 
@@ -211,6 +211,37 @@ def convert(
 
 
 @app.command
+def quantize(
+    model: Annotated[str, Parameter(help="A model card, an .onnx, or an MXNet checkpoint: a path or a URI.")],
+    /,
+    *,
+    calibrate: Annotated[str, Parameter(help=f"{SOURCE_HELP} A sample of it is used.", allow_leading_hyphen=True)],
+    output: Annotated[Path, Parameter(alias="-o", help="The card to write (.yaml); the network lies beside it.")],
+    min_agreement: Annotated[
+        float | None, Parameter(help="Write nothing below this, and end with exit code 3.")
+    ] = None,
+    objects: Annotated[int, Parameter(help="Size of the sample.")] = 800,
+    truth: Annotated[str | None, Parameter(help="Parquet with `key` and `label`. (default: labels of shards)")] = None,
+    json: Json = False,
+    options: JobFlags = NO_OPTIONS,
+    card: CardFlags = NO_CARD_OPTIONS,
+) -> int:
+    """Write a network in int8, and how far its answers are from those in fp32 on objects of your own."""
+    from infermill import report
+    from infermill.quantize import quantize as quantize_model
+
+    _log_to_stderr()
+    found = quantize_model(
+        model, calibrate, output, options, card, objects=objects, min_agreement=min_agreement, truth=truth
+    )
+    print(jsonlib.dumps(found.as_json()) if json else report.quantization_text(found))
+    if found.passed:
+        return 0
+    message = f"int8 agrees with fp32 by {found.evidence.agreement:.2%}, less than --min-agreement {min_agreement}"
+    return _complain(EvidenceError(message, "nothing was written; the worst objects are listed above"))
+
+
+@app.command
 def doctor(
     *,
     json: Json = False,
@@ -262,7 +293,7 @@ def demo() -> int:
 
 
 def main() -> None:
-    """Run the command line, and exit: 0 done, 1 failed, 2 bad usage, 3 over the failure budget, 130 interrupted."""
+    """Run the command line, and exit: 0 done, 1 failed, 2 bad usage, 3 over a budget or under a gate, 130 stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
