@@ -24,7 +24,7 @@ from infermill.models.model import Model, open_model
 from infermill.report import comparison_text
 from infermill.runtimes import Predictor, load
 from infermill.runtimes.openvino import precisions
-from infermill.types import CardOptions, Options, StoreOptions
+from infermill.types import CardOptions, Options, RuntimeName, StoreOptions
 from tests.mxnet_checkpoints import checkpoint_model
 from tests.networks import (
     Network,
@@ -264,9 +264,8 @@ def test_a_lower_precision_agrees_where_the_interval_reaches_99_percent(
     assert re.search(rf"the same best class +{same / 64:.2%} \(95 %: .*%\)", text)
     assert re.search(r"\|Δp\| +max 0\.03, mean 0\.002", text)
     wanted = f"{100 - 100 * tolerance:.4g}%"
-    assert text.endswith(
-        f"agree: the interval reaches {wanted}" if agrees else f"differ: the interval does not reach {wanted}"
-    )
+    verdict = "agree: the interval reaches" if agrees else "differ: the interval does not reach"
+    assert text.endswith(f"{verdict} {wanted}")
 
 
 def test_numbers_that_are_none_any_more_are_told() -> None:
@@ -312,8 +311,9 @@ def test_a_precision_is_compared_with_fp32_in_the_same_runtime(
         with pytest.raises(UsageError, match=f"has no {precision}"):
             check(path, "openvino", None, QUIET, lower)
         pytest.skip(f"this processor has no {precision}")
-    for against in ("openvino", "onnxruntime"):
-        found = check(path, against, None, QUIET, lower)  # type: ignore[arg-type]
+    both: tuple[RuntimeName, ...] = ("openvino", "onnxruntime")
+    for against in both:
+        found = check(path, against, None, QUIET, lower)
         assert (found.precision, found.against_precision) == (precision, "fp32")
         assert found.agrees
         assert 0 < found.evidence.mean_delta <= found.evidence.max_delta < 0.1

@@ -432,7 +432,7 @@ def test_openvino_computes_a_quantised_network_in_8_bits(tmp_path: Path) -> None
     with executable(model_of(tiny_quantised(tmp_path / "int8.onnx"))) as graph:
         core = ov.Core()
         compiled = core.compile_model(core.read_model(graph.network), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    told = {}
+    told: dict[str, str] = {}
     for operation in compiled.get_runtime_model().get_ordered_ops():
         info = operation.get_rt_info()
         told.setdefault(info["layerType"].astype(str), info["runtimePrecision"].astype(str))

@@ -177,7 +177,7 @@ def conversion_text(conversion: "Conversion") -> str:
 
 
 def comparison_text(comparison: "Comparison") -> str:
-    """How far the answers of two runtimes are apart, and the layer where that begins; or what a precision is worth."""
+    """How far the answers of two runtimes are apart, and where that begins; or what a lower precision is worth."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("output", "max |Δ|", "of the largest value", "same top-1"):
         table.add_column(column, justify="left" if column == "output" else "right")
@@ -185,10 +185,14 @@ def comparison_text(comparison: "Comparison") -> str:
         top1 = "" if one.top1 is None else f"{one.top1:.1%}"
         table.add_row(Text(_visible(one.name)), f"{one.absolute:.2g}", f"{one.relative:.2g}", top1)
     skipped = f", {comparison.skipped:,} cannot be decoded" if comparison.skipped else ""
-    sides = comparison.runtime, comparison.against
-    if comparison.is_lower:
-        sides = f"{sides[0]} in {comparison.precision}", f"{sides[1]} in {comparison.against_precision}"
-    what = f"{sides[0]} against {sides[1]}: {comparison.inputs:,} inputs{skipped}"
+    found, expected = (
+        f"{runtime} in {precision}" if comparison.is_lower else runtime
+        for runtime, precision in (
+            (comparison.runtime, comparison.precision),
+            (comparison.against, comparison.against_precision),
+        )
+    )
+    what = f"{found} against {expected}: {comparison.inputs:,} inputs{skipped}"
     verdict = _agreement(comparison) if comparison.is_lower else _difference(comparison)
     return _rendered([Text(what), "", table, "", *verdict])
 
