@@ -168,6 +168,31 @@ def tiny_tabular(
     )
 
 
+def tiny_quantised(path: Path, bits: Literal[8, 16] = 8) -> Path:
+    """`tiny_classifier` with QuantizeLinear and DequantizeLinear around its layers, as ONNX Runtime puts them there."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Pictures(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rows = iter(pictures(8).transpose(0, 3, 1, 2).astype(np.float32)[:, None] / 255)
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            rows = next(self._rows, None)
+            return None if rows is None else {"images": rows}
+
+    source = tiny_classifier(path.with_name("float.onnx"), opset=21)
+    # 7 bits for weights: without VNNI, sums of products of 8 bits overflow.
+    quantize_static(
+        source,
+        path,
+        Pictures(),
+        activation_type=QuantType.QUInt8 if bits == 8 else QuantType.QUInt16,
+        weight_type=QuantType.QInt8,
+        reduce_range=True,
+    )
+    return path
+
+
 def preprocess_of(card: ModelCard) -> Preprocess:
     """The preprocessing of a card that takes images."""
     assert card.preprocess is not None

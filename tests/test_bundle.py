@@ -10,7 +10,7 @@ import pytest
 from infermill.errors import InfermillError, ModelError
 from infermill.models.bundle import pack, unpack
 from infermill.models.model import Model, open_model
-from infermill.types import StoreOptions
+from infermill.types import CardOptions, StoreOptions
 from tests.networks import tiny_classifier
 
 
@@ -41,6 +41,14 @@ def test_a_model_is_the_same_after_the_way(model: Model, cache: Path, tmp_path: 
     assert again.network.is_relative_to(cache)
     assert {file.name for file in again.network.parent.iterdir()} == {"tiny.onnx", "tiny.onnx.data"}
     assert unpack(tmp_path / "packed", model.digest) == again
+
+
+def test_its_precision_goes_with_it(model: Model, tmp_path: Path) -> None:
+    assert isinstance(model.given, str)
+    lower = open_model(model.given, StoreOptions(), CardOptions(precision="bf16"))
+    assert lower.digest != model.digest
+    pack(lower, tmp_path / "packed")
+    assert unpack(tmp_path / "packed", lower.digest).card.precision == "bf16"
 
 
 def test_the_same_model_gives_the_same_bytes(model: Model, tmp_path: Path) -> None:

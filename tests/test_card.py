@@ -54,7 +54,7 @@ def test_the_example_of_the_documentation_is_a_card() -> None:
         ({"preprocess": {"activation": "none"}}, "`preprocess.activation`", "did you mean `output.activation`?"),
         ({"preprocess": {"crop": {"centre": [2, 2]}}}, "`preprocess.crop.centre`", "`preprocess.crop.center`?"),
         ({"nam": "x", "name": None}, "unknown field `nam`", "did you mean `name`?"),
-        ({"zzz": 1}, "unknown field `zzz`", "known fields here: classes, files, input, labels, name"),
+        ({"zzz": 1}, "unknown field `zzz`", "known fields here: classes, evidence, files, input, labels, name"),
         ({"files": {"onnx": "a", "w": "b"}}, "unknown field `files.w`", "known fields here: archive, onnx, params"),
     ],
 )
@@ -165,6 +165,8 @@ def weights(tmp_path: Path) -> dict[str, Path]:
         {"output": {"name": "logits"}},
         {"output": {"activation": "softmax"}},
         {"output": {"top_k": 4}},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
     ],
 )
 def test_the_digest_covers_each_field_that_predictions_depend_on(
@@ -177,6 +179,7 @@ def test_the_digest_covers_each_field_that_predictions_depend_on(
     ("fields", "hexdigest"),
     [
         ({}, "40ab3674a69adb48af305ca4975e35551736de69e987b3c344f7e15cbe1089dc"),
+        ({"precision": "fp32"}, "40ab3674a69adb48af305ca4975e35551736de69e987b3c344f7e15cbe1089dc"),
         (
             {**yaml.safe_load(EXAMPLE), "labels": ["a", "b"]},
             "81fdb95f362a932f05e8ec0ec19360916330fb83616bd4b615fc08f83fef677c",

@@ -1,12 +1,13 @@
 """Two runtimes are compared, and where they differ, the layer that is to blame is found."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -17,13 +18,23 @@ from PIL import Image
 
 from infermill.check import Comparison, OutputDifference, check, compare
 from infermill.errors import ModelError, SourceError, UsageError
+from infermill.evidence import Evidence, Proportion
 from infermill.layers import Deviation, deviation, first_difference
 from infermill.models.model import Model, open_model
 from infermill.report import comparison_text
 from infermill.runtimes import Predictor, load
-from infermill.types import CardOptions, Options, StoreOptions
+from infermill.runtimes.openvino import precisions
+from infermill.types import CardOptions, Options, RuntimeName, StoreOptions
 from tests.mxnet_checkpoints import checkpoint_model
-from tests.networks import Network, pictures, tiny_classifier, tiny_raw, tiny_tabular
+from tests.networks import (
+    Network,
+    pictures,
+    tiny_classifier,
+    tiny_detector,
+    tiny_quantised,
+    tiny_raw,
+    tiny_tabular,
+)
 
 COMMAND = [str(Path(sys.executable).with_name("infermill")), "check"]
 QUIET = Options(threads=2)
@@ -222,10 +233,90 @@ def test_nothing_is_found_where_both_are_alike(tmp_path: Path) -> None:
 
 def test_a_difference_that_no_layer_has_is_told() -> None:
     outputs = (OutputDifference("logits", 0.5, 0.25, 0.75),)
-    found = comparison_text(Comparison("openvino", "onnxruntime", 4, 0, 1e-4, outputs, None))
+    found = comparison_text(
+        Comparison("openvino", "onnxruntime", "fp32", "fp32", 4, 0, 1e-4, outputs, None, evidence(3, 4))
+    )
     assert "75.0%" in found
     assert "differ by more than 0.0001 of the largest value, and no layer does by itself" in found
     assert "Runtimes join layers" in found
+
+
+# --- precisions
+
+
+def evidence(same: int, objects: int, nonfinite: int = 0) -> Evidence:
+    share = Proportion(same, objects)
+    return Evidence("top-1", objects, share.share, share.interval, 0.03, 0.002, nonfinite, None, ())
+
+
+@pytest.mark.parametrize(
+    ("same", "tolerance", "agrees"),
+    [(64, 0.01, True), (62, 0.01, True), (61, 0.01, False), (61, 0.05, True), (64, 0.0, True), (63, 0.0, False)],
+)
+def test_a_lower_precision_agrees_where_the_interval_reaches_99_percent(
+    same: int, tolerance: float, agrees: bool
+) -> None:
+    apart = (OutputDifference("logits", 0.5, 0.25, same / 64),)
+    found = Comparison("openvino", "openvino", "bf16", "fp32", 64, 0, tolerance, apart, None, evidence(same, 64))
+    assert found.agrees == agrees
+    text = comparison_text(found)
+    assert "openvino in bf16 against openvino in fp32: 64 inputs" in text
+    assert re.search(rf"the same best class +{same / 64:.2%} \(95 %: .*%\)", text)
+    assert re.search(r"\|Δp\| +max 0\.03, mean 0\.002", text)
+    wanted = f"{100 - 100 * tolerance:.4g}%"
+    verdict = "agree: the interval reaches" if agrees else "differ: the interval does not reach"
+    assert text.endswith(f"{verdict} {wanted}")
+
+
+def test_numbers_that_are_none_any_more_are_told() -> None:
+    apart = (OutputDifference("logits", np.inf, np.inf, 0.5),)
+    found = Comparison("openvino", "openvino", "fp16", "fp32", 4, 0, 0.01, apart, None, evidence(2, 4, 2))
+    assert re.search(r"NaN or infinity +2 objects", comparison_text(found))
+    assert found.as_json()["outputs"][0]["absolute"] is None
+
+
+def test_a_quantised_network_is_judged_by_the_agreement(tmp_path: Path) -> None:
+    path = tiny_quantised(tmp_path / "int8.onnx")
+    found = check(path, "onnxruntime", options=QUIET)
+    assert (found.precision, found.against_precision, found.tolerance) == ("int8", "int8", 0.01)
+    assert found.outputs[0].relative > 1e-4
+    assert found.agrees
+    assert found.evidence.interval is not None
+    assert found.as_json()["evidence"]["interval"] == list(found.evidence.interval)
+
+
+@pytest.mark.parametrize("task", ["embedding", "raw"])
+def test_other_tasks_have_a_measure_of_their_own(tmp_path: Path, task: Literal["embedding", "raw"]) -> None:
+    path = tiny_quantised(tmp_path / "int8.onnx")
+    found = check(path, "onnxruntime", None, QUIET, CardOptions(task=task))
+    assert found.agrees
+    assert found.evidence.measure == {"embedding": "cosine", "raw": "relative error"}[task]
+    name = {"embedding": "mean cosine similarity", "raw": "1 - relative error"}[task]
+    text = comparison_text(found)
+    assert re.search(rf"{name} +\d+\.\d\d%\n", text)
+    assert text.endswith("agree: the agreement reaches 99%")
+
+
+def test_a_detection_is_compared_by_its_raw_outputs(tmp_path: Path) -> None:
+    found = check(tiny_detector(tmp_path / "boxes.onnx", "yolov8"), "onnxruntime", options=QUIET)
+    assert (found.agrees, found.evidence.measure) == (True, "relative error")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_is_compared_with_fp32_in_the_same_runtime(
+    tmp_path: Path, precision: Literal["bf16", "fp16"]
+) -> None:
+    path, lower = tiny_classifier(tmp_path / "tiny.onnx"), CardOptions(precision=precision)
+    if precision not in precisions():
+        with pytest.raises(UsageError, match=f"has no {precision}"):
+            check(path, "openvino", None, QUIET, lower)
+        pytest.skip(f"this processor has no {precision}")
+    both: tuple[RuntimeName, ...] = ("openvino", "onnxruntime")
+    for against in both:
+        found = check(path, against, None, QUIET, lower)
+        assert (found.precision, found.against_precision) == (precision, "fp32")
+        assert found.agrees
+        assert 0 < found.evidence.mean_delta <= found.evidence.max_delta < 0.1
 
 
 # --- the command

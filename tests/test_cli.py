@@ -170,6 +170,8 @@ def test_inspect_writes_a_card_that_runs(work: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"input +\S+ +float32 +\[.*32.*\]", done.stdout)
     assert "assumed: " in done.stdout
+    assert "computed in fp32" in done.stdout
+    assert "computed in bf16" in infermill("inspect", "tiny.onnx", "--precision", "bf16", cwd=work).stdout
     done = infermill("run", "photos", "-m", "guessed.yaml", "-o", "out", "--json", cwd=work)
     assert json.loads(done.stdout)["ok"] == 12
     assert_problem(infermill("inspect", "tiny.onnx", "--write", "guessed.yaml", cwd=work), 2, "is there already")
@@ -209,6 +211,12 @@ def test_doctor_has_a_hint_for_everything_that_is_missing(work: Path) -> None:
         (["verify", "nowhere"], 2, ["nowhere holds no job"]),
         (["plan", "nowhere", "-m", "model.yaml"], 1, ["nowhere does not exist"]),
         (["inspect", "missing.onnx"], 2, ["missing.onnx does not exist"]),
+        (["run", "nowhere", "-m", "model.yaml", "-o", "out", "--precision", "int8"], 2, ["--precision"]),
+        (
+            ["run", "nowhere", "-m", "model.yaml", "-o", "out", "--precision", "bf16", "--runtime", "onnxruntime"],
+            2,
+            ["onnxruntime has no bf16"],
+        ),
         (["classify"], 2, ["classify"]),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from infermill.doctor import Finding, _executor, _package, _s3_credentials, examine
+from infermill.runtimes.openvino import precisions
 from infermill.types import Options
 
 
@@ -49,6 +50,15 @@ def test_openvino_without_a_processor_is_a_finding(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("openvino.Core", core)
     assert not finding("openvino").usable
+
+
+def test_the_precisions_of_the_processor_are_shown() -> None:
+    found = finding("precisions")
+    here = precisions()
+    assert found.usable
+    assert found.detail.startswith(f"{', '.join(here)} with OpenVINO")
+    for name in ("bf16", "fp16"):
+        assert (f"no {name}" in found.detail) == (name not in here)
 
 
 def test_the_mxnet_of_another_python_is_shown(mxnet_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:

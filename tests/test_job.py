@@ -17,9 +17,13 @@ import pytest
 from PIL import Image
 
 import infermill
-from infermill import Options
-from infermill.errors import JobMismatchError, ModelError, SourceError
+from infermill import CardOptions, Options
+from infermill.errors import JobMismatchError, ModelError, SourceError, UsageError
 from infermill.meter import Meter
+from infermill.models.model import open_model
+from infermill.output import Output
+from infermill.record import check_same_job, fingerprint, read_record
+from infermill.runtimes.openvino import precisions
 from tests.networks import tiny_classifier
 from tests.servers import Answer, ScriptedStore
 
@@ -182,6 +186,48 @@ def test_another_configuration_is_refused(
         infermill.run(photos, card, tmp_path / "out", replace(SMALL, **change))  # type: ignore[arg-type]
     assert named in caught.value.message
     assert caught.value.exit_code == 2
+
+
+def test_another_precision_is_refused(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    lower = CardOptions(precision="bf16")
+    if "bf16" in precisions():
+        with pytest.raises(JobMismatchError, match=r"(?s)model: sha256:.*precision: fp32 -> bf16\n") as caught:
+            infermill.run(photos, card, tmp_path / "out", SMALL, lower)
+        assert "the card says the same" not in caught.value.message
+        assert infermill.run(photos, card, tmp_path / "lower", SMALL, lower).precision == "bf16"
+        with pytest.raises(JobMismatchError, match=r"(?s)model: sha256:.*precision: bf16 -> fp32\n"):
+            infermill.run(photos, card, tmp_path / "lower", SMALL)
+    else:
+        with pytest.raises(UsageError, match="has no bf16"):
+            infermill.run(photos, card, tmp_path / "new", SMALL, lower)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_precision_that_differs_is_named(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    place = Output(str(tmp_path / "out"), SMALL)
+    record = read_record(place)
+    assert record is not None
+    lower = open_model(card, SMALL, CardOptions(precision="fp16"))
+    with pytest.raises(JobMismatchError, match=r"model: sha256:.*\n  precision: fp32 -> fp16\n"):
+        check_same_job(record, fingerprint(str(photos), lower, SMALL), place.uri)
+
+
+def test_a_job_that_says_no_precision_was_in_fp32(card: Path, photos: Path, tmp_path: Path) -> None:
+    infermill.run(photos, card, tmp_path / "out", SMALL)
+    job = tmp_path / "out/_infermill/job.json"
+    record = json.loads(job.read_text())
+    del record["fingerprint"]["precision"]
+    job.write_text(json.dumps(record))
+    assert infermill.run(photos, card, tmp_path / "out", SMALL).precision == "fp32"
+
+
+def test_the_precision_of_a_job_is_kept_for_retry(card: Path, photos: Path, tmp_path: Path) -> None:
+    if "bf16" not in precisions():
+        pytest.skip("this processor has no bf16")
+    infermill.run(photos, card, tmp_path / "out", SMALL, CardOptions(precision="bf16"))
+    assert infermill.retry(tmp_path / "out").precision == "bf16"
 
 
 def test_another_model_or_source_is_refused(card: Path, photos: Path, tmp_path: Path) -> None:

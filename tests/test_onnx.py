@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,7 @@ from infermill.models.onnx import (
     read_network,
 )
 from infermill.types import CardOptions
-from tests.networks import Network, tiny_classifier
+from tests.networks import Network, tiny_classifier, tiny_quantised
 
 
 def edited_location(path: Path, location: str, **entries: str) -> Path:
@@ -57,6 +58,26 @@ def test_a_network_is_inspected(tmp_path: Path) -> None:
         nodes=6,
         file_bytes=path.stat().st_size,
     )
+
+
+def test_a_quantised_network_is_computed_in_int8(tmp_path: Path) -> None:
+    info = inspect_network(tiny_quantised(tmp_path / "int8.onnx"))
+    assert info.is_quantised
+    assert [info.computed_in(precision) for precision in ("fp32", "bf16")] == ["int8", "int8+bf16"]
+    plain = inspect_network(tmp_path / "float.onnx")
+    assert [plain.computed_in(precision) for precision in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert (info.inputs[0].op, info.outputs[0].op) == (plain.inputs[0].op, plain.outputs[0].op)
+
+
+def test_weights_alone_and_16_bits_are_not_int8(tmp_path: Path) -> None:
+    assert not inspect_network(tiny_quantised(tmp_path / "int16.onnx", bits=16)).is_quantised
+    net = Network()
+    for name, values in (("w", np.ones((3, 4), np.int8)), ("zero", np.int8(0))):
+        net.weights.append(onnx.numpy_helper.from_array(np.asarray(values), name))
+    weight = net.node("DequantizeLinear", "w", net.weight(np.array(0.5)), "zero")
+    net.node("MatMul", "rows", weight, name="out")
+    rows, out = (helper.make_tensor_value_info(name, 1, ["N", size]) for name, size in (("rows", 3), ("out", 4)))
+    assert not inspect_network(net.save(tmp_path / "weights.onnx", [rows], [out])).is_quantised
 
 
 def test_weights_are_no_inputs(tmp_path: Path) -> None:

@@ -19,14 +19,24 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
 
-from infermill.errors import ModelError
+from infermill.errors import ModelError, UsageError
 from infermill.models.card import TENSOR_DTYPES, Preprocess, parse_card
 from infermill.models.executable import executable, folded
 from infermill.models.model import Model
 from infermill.models.onnx import inspect_network
-from infermill.runtimes import MODULES, Predictor, load
+from infermill.runtimes import MODULES, Predictor, check_runtime, load
+from infermill.runtimes.openvino import precisions
 from infermill.types import RuntimeName
-from tests.networks import Network, pictures, preprocess_of, tiny_classifier, tiny_embedding, tiny_raw, tiny_tabular
+from tests.networks import (
+    Network,
+    pictures,
+    preprocess_of,
+    tiny_classifier,
+    tiny_embedding,
+    tiny_quantised,
+    tiny_raw,
+    tiny_tabular,
+)
 
 # MXNet executes none but its own networks: see test_runtime_mxnet.
 RUNTIMES: tuple[RuntimeName, ...] = ("openvino", "onnxruntime")
@@ -366,6 +376,70 @@ def test_a_predictor_tells_what_it_is(tmp_path: Path, runtime: RuntimeName) -> N
         if predictor.device == "cpu":
             assert (predictor.streams, predictor.batch_size) == (streams, 8)
         assert predictor(pictures(3))[0].shape == (3, 10)
+
+
+# --- precisions
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_lower_precision_is_computed_where_the_processor_has_it(tmp_path: Path, precision: str) -> None:
+    if precision not in precisions():
+        pytest.skip(f"this processor has no {precision}")
+    path = tiny_classifier(tmp_path / "tiny.onnx")
+    predictor = load(model_of(path, precision=precision), "openvino", threads=1)
+    assert predictor.precision == precision
+    expected = answer(load(model_of(path), "openvino", threads=1), pictures(16))
+    found = answer(predictor, pictures(16))
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    assert not np.array_equal(found, expected), "it was computed in fp32"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_processor_lacks_is_refused(tmp_path: Path, precision: str) -> None:
+    if precision in precisions():
+        pytest.skip(f"this processor has {precision}")
+    model = model_of(tiny_classifier(tmp_path / "tiny.onnx"), precision=precision)
+    for refuse in (
+        lambda: load(model, "openvino", threads=1),
+        lambda: check_runtime(model, "openvino", None, is_here=True),
+    ):
+        with pytest.raises(UsageError, match=f"has no {precision}, and OpenVINO would compute in fp32") as caught:
+            refuse()
+        assert "infermill doctor" in caught.value.hint
+    check_runtime(model, "openvino", None, is_here=False)  # another machine may have it
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("runtime", "words"), [("onnxruntime", "has no"), ("mxnet", "computes a checkpoint in fp32")])
+def test_other_runtimes_refuse_a_lower_precision_everywhere(
+    tmp_path: Path, precision: str, runtime: RuntimeName, words: str
+) -> None:
+    model = model_of(tiny_classifier(tmp_path / "tiny.onnx"), precision=precision)
+    with pytest.raises(UsageError, match=words) as caught:
+        check_runtime(model, runtime, None, is_here=False)
+    assert "--runtime openvino" in caught.value.hint
+
+
+@runtimes
+def test_a_quantised_network_is_int8_and_close_to_the_one_in_fp32(tmp_path: Path, runtime: RuntimeName) -> None:
+    predictor = load(model_of(tiny_quantised(tmp_path / "int8.onnx")), runtime, threads=1)
+    assert predictor.precision == "int8"
+    expected = answer(load(model_of(tmp_path / "float.onnx"), runtime, threads=1), pictures(16))
+    np.testing.assert_allclose(answer(predictor, pictures(16)), expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_openvino_computes_a_quantised_network_in_8_bits(tmp_path: Path) -> None:
+    with executable(model_of(tiny_quantised(tmp_path / "int8.onnx"))) as graph:
+        core = ov.Core()
+        compiled = core.compile_model(core.read_model(graph.network), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    told: dict[str, str] = {}
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        info = operation.get_rt_info()
+        told.setdefault(info["layerType"].astype(str), info["runtimePrecision"].astype(str))
+    assert (told["Convolution"], told["FullyConnected"]) == ("u8", "u8")
+
+
+# --- one runtime
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -1,4 +1,6 @@
-"""The same inputs through two runtimes: how far apart their answers are, and which layer is the first to differ."""
+"""The same inputs through two runtimes, or in two precisions: how far apart the answers are, and which layer is the
+first to differ.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +14,12 @@ from numpy.typing import NDArray
 
 from infermill.errors import BadInputError, SourceError, UsageError
 from infermill.estimation import Sample
+from infermill.evidence import Differences, Evidence, answers, differences, evidence_of, joined
 from infermill.job import empty_source, tell_assumptions
 from infermill.layers import Deviation, Layer, deviation, first_difference
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model, in_fp32, open_model
 from infermill.plan import cut
 from infermill.predictions import rows_for
 from infermill.runtimes import Arrays, Batch, Predictor
@@ -26,6 +29,9 @@ from infermill.types import CardOptions, ObjectRef, Options, RuntimeName
 from infermill.worker import load_predictor, network_of, stages_of, suffixes_of
 
 INPUTS = 64
+TOLERANCE = 1e-4
+LOWER_TOLERANCE = 0.01
+"Where a side computes in less than fp32: of the agreement."
 _GRID = 16
 Row = NDArray[np.generic]
 
@@ -44,29 +50,46 @@ class OutputDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What two runtimes say of the same inputs.
+    """What two runtimes, or precisions, say of the same inputs.
 
-    Where they differ, `layer` is the first that does. It is None where no layer differs by itself: the difference is
-    then gone when values between the layers are given out, for layers cannot be fused where they are.
+    In fp32, `layer` is the first that differs, where an output does. It is None where no layer differs by itself: the
+    difference is then gone when values between the layers are given out, for layers cannot be fused where they are.
+    In less, each layer differs.
     """
 
     runtime: RuntimeName
     against: RuntimeName
+    precision: str
+    "What `runtime` computes in, as a `Predictor` says it."
+    against_precision: str
     inputs: int
     skipped: int
     "Objects of the source that cannot be decoded."
     tolerance: float
     outputs: tuple[OutputDifference, ...]
     layer: Layer | None
+    evidence: Evidence
+    "How far the answers are apart; of a detection, the outputs of the network."
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether a side computes in less than fp32."""
+        return is_lower(self.precision, self.against_precision)
 
     @property
     def agrees(self) -> bool:
-        """Whether no output differs by more than the tolerance, as a part of its largest value."""
-        return all(output.relative <= self.tolerance for output in self.outputs)
+        """Whether no output differs by more than the tolerance, as a part of its largest value.
+
+        In less than fp32, whether the agreement, or the upper end of its interval, is 1 less the tolerance.
+        """
+        if not self.is_lower:
+            return all(output.relative <= self.tolerance for output in self.outputs)
+        reached = self.evidence.agreement if self.evidence.interval is None else self.evidence.interval[1]
+        return reached >= 1 - self.tolerance
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as plain JSON types; an infinite difference is null."""
-        return {"agrees": self.agrees, **_finite(asdict(self))}
+        return {"agrees": self.agrees, **_finite(asdict(self) | {"evidence": self.evidence.as_json()})}
 
 
 def check(
@@ -75,21 +98,23 @@ def check(
     source: str | Path | None = None,
     options: Options | None = None,
     card_options: CardOptions | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Comparison:
-    """Run a network in `options.runtime` and in another runtime, and compare what they answer.
+    """Run a network in `options.runtime` and in another runtime, or in a lower precision and in fp32, and compare what
+    is answered.
 
     Args:
         model: as `run`.
-        against: the runtime that is right.
+        against: the runtime that is right, in fp32; the same one where the card has another precision.
         source: what to run it on, as `run`: a sample of 64, or the first `options.limit`. Random inputs, the same at
             every call, where it is None.
         options: as `run`.
-        card_options: as `run`.
-        tolerance: the largest difference that is none, as a part of an output's largest value.
+        card_options: as `run`; with its `precision`.
+        tolerance: the largest difference that is none, as a part of an output's largest value; by default 1e-4. Where
+            a side computes in less than fp32, how much less than 1 the agreement may be; by default 0.01.
 
     Raises:
-        UsageError: both runtimes are the same.
+        UsageError: both runtimes are the same, and the precision as well; or it is not there.
         ModelError, SourceError, StoreError: as `run`.
 
     Example:
@@ -103,7 +128,7 @@ def check(
 
 
 def compare(
-    model: Model, against: RuntimeName, source: str | Path | None, options: Options, tolerance: float
+    model: Model, against: RuntimeName, source: str | Path | None, options: Options, tolerance: float | None = None
 ) -> Comparison:
     """As `check`, for a model that has been opened.
 
@@ -111,12 +136,17 @@ def compare(
         >>> compare(model, "onnxruntime", None, Options(), 1e-4).inputs  # doctest: +SKIP
         64
     """
-    if against == options.runtime:
-        raise UsageError(f"{against} is compared with itself", "name another one with --runtime or --against")
-    if not 0 <= tolerance < 1:
-        raise UsageError(f"--tolerance {tolerance} is no part of 1", "leave it out for 1e-4")
+    if against == options.runtime and model.card.precision == "fp32":
+        raise UsageError(
+            f"{against} is compared with itself", "name another one with --runtime or --against, or a --precision"
+        )
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise UsageError(f"--tolerance {tolerance} is no part of 1", "leave it out for the default")
     other = replace(options, runtime=against)
-    predictors = _load(model, options), _load(model, other)
+    predictors = _load(model, options), _load(in_fp32(model), other)
+    precisions = predictors[0].precision, predictors[1].precision
+    if tolerance is None:
+        tolerance = LOWER_TOLERANCE if is_lower(*precisions) else TOLERANCE
     with _inputs(model, predictors[0], source, options) as inputs:
         tallies = _Tallies(model, predictors[0].output_names)
         while rows := list(islice(inputs.rows, predictors[0].batch_size)):
@@ -126,11 +156,24 @@ def compare(
         raise SourceError(f"no object of {source} can be decoded", "infermill plan says why")
     outputs = tallies.outputs()
     layer = None
-    if any(output.relative > tolerance for output in outputs):
+    if not is_lower(*precisions) and any(output.relative > tolerance for output in outputs):
         del predictors  # memory for those that are loaded next
         loads = (lambda probe: _load(probe, options)), (lambda probe: _load(probe, other))
         layer = first_difference(model, loads, tallies.worst, tolerance)
-    return Comparison(options.runtime, against, tallies.inputs, inputs.skipped, tolerance, outputs, layer)
+    evidence = evidence_of(joined(tallies.differences))
+    return Comparison(
+        options.runtime, against, *precisions, tallies.inputs, inputs.skipped, tolerance, outputs, layer, evidence
+    )
+
+
+def is_lower(*precisions: str) -> bool:
+    """Whether one of them is less than fp32.
+
+    Example:
+        >>> is_lower("int8", "fp32")
+        True
+    """
+    return any(precision != "fp32" for precision in precisions)
 
 
 def _load(model: Model, options: Options) -> Predictor:
@@ -142,6 +185,10 @@ class _Tallies:
 
     def __init__(self, model: Model, names: tuple[str, ...]) -> None:
         self._is_classification = model.card.task == "classification"
+        # Boxes come in no order that two answers would share.
+        is_detection = model.card.task == "detection"
+        self._card = model.card.model_copy(update={"task": "raw"}) if is_detection else model.card
+        self.differences: list[Differences] = []
         self._deviations = dict.fromkeys(names, Deviation(0.0, 0.0))
         self._same = dict.fromkeys(names, 0)
         self._farthest = -1.0
@@ -150,6 +197,8 @@ class _Tallies:
         "That input, as a batch of one."
 
     def add(self, batch: Batch, found: Arrays, expected: Arrays) -> None:
+        compared = answers(self._card, expected), answers(self._card, found)
+        self.differences.append(differences(self._card.task, *compared, first=self.inputs))
         self.inputs += len(batch)
         for name, one, other in zip(self._deviations, found, expected, strict=True):
             for row in range(len(batch)):
@@ -206,10 +255,11 @@ def _inputs(model: Model, predictor: Predictor, source: str | Path | None, optio
         if not sample.refs:
             raise empty_source(str(source))
         stages = stages_of(where, model, options, lambda: network_of(predictor, rows_for(model, predictor)))
-        yield _Inputs(_decoded(ref, stages) for ref in sample.refs)
+        yield _Inputs(decoded(ref, stages) for ref in sample.refs)
 
 
-def _decoded(ref: ObjectRef, stages: Stages) -> Row | None:
+def decoded(ref: ObjectRef, stages: Stages) -> Row | None:
+    """An object as the network takes it, or None where it cannot be fetched or decoded."""
     try:
         row = stages.decode(stages.fetch(ref, lambda _: None))
     except BadInputError:

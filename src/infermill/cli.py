@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.validators import mutually_exclusive
 
 from infermill import __version__
-from infermill.errors import BudgetError, InfermillError, UsageError
+from infermill.errors import BudgetError, EvidenceError, InfermillError, UsageError
 from infermill.imports import leave_out_pandas
 from infermill.types import RETRYABLE, CardOptions, DatasetHome, EngineName, Options, RuntimeName, Split, StoreOptions
 
@@ -36,6 +36,10 @@ StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
 Json = Annotated[bool, Parameter(help="Print the result as one JSON object.")]
 SOURCE_HELP = "Folder, file, glob, shard, manifest (.txt, .parquet, - for standard input), or s3://, gs://, az:// URI."
 Source = Annotated[str, Parameter(help=SOURCE_HELP, allow_leading_hyphen=True)]  # `-`
+TOLERANCE_HELP = (
+    "Difference that is none, as a part of the largest value; in a lower precision, of the agreement. "
+    "(default: 0.0001; 0.01 in a lower precision)"
+)
 Output = Annotated[str, Parameter(help="The folder or URI that `run` wrote to.")]
 NO_OPTIONS = Options()
 NO_STORE_OPTIONS = StoreOptions()
@@ -171,13 +175,13 @@ def check(
     /,
     *,
     model: Model,
-    against: Annotated[RuntimeName, Parameter(help="The runtime that is right.")],
-    tolerance: Annotated[float, Parameter(help="Difference that is none, as a part of the largest value.")] = 1e-4,
+    against: Annotated[RuntimeName, Parameter(help="The runtime that is right, in fp32.")],
+    tolerance: Annotated[float | None, Parameter(help=TOLERANCE_HELP)] = None,
     json: Json = False,
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,
 ) -> int:
-    """Run a sample of SOURCE in two runtimes; where their answers differ, find the first layer that does."""
+    """Run a sample of SOURCE in two runtimes, or two precisions; find the first layer that differs."""
     from infermill import report
     from infermill.check import check as check_model
 
@@ -204,6 +208,37 @@ def convert(
     conversion = convert_model(model, output, store, card)
     print(jsonlib.dumps(conversion.as_json()) if json else report.conversion_text(conversion))
     return 0
+
+
+@app.command
+def quantize(
+    model: Annotated[str, Parameter(help="A model card, an .onnx, or an MXNet checkpoint: a path or a URI.")],
+    /,
+    *,
+    calibrate: Annotated[str, Parameter(help=f"{SOURCE_HELP} A sample of it is used.", allow_leading_hyphen=True)],
+    output: Annotated[Path, Parameter(alias="-o", help="The card to write (.yaml); the network lies beside it.")],
+    min_agreement: Annotated[
+        float | None, Parameter(help="Write nothing below this, and end with exit code 3.")
+    ] = None,
+    objects: Annotated[int, Parameter(help="Size of the sample.")] = 800,
+    truth: Annotated[str | None, Parameter(help="Parquet with `key` and `label`. (default: labels of shards)")] = None,
+    json: Json = False,
+    options: JobFlags = NO_OPTIONS,
+    card: CardFlags = NO_CARD_OPTIONS,
+) -> int:
+    """Write a network in int8, and how far its answers are from those in fp32 on objects of your own."""
+    from infermill import report
+    from infermill.quantize import quantize as quantize_model
+
+    _log_to_stderr()
+    found = quantize_model(
+        model, calibrate, output, options, card, objects=objects, min_agreement=min_agreement, truth=truth
+    )
+    print(jsonlib.dumps(found.as_json()) if json else report.quantization_text(found))
+    if found.passed:
+        return 0
+    message = f"int8 agrees with fp32 by {found.evidence.agreement:.2%}, less than --min-agreement {min_agreement}"
+    return _complain(EvidenceError(message, "nothing was written; the worst objects are listed above"))
 
 
 @app.command
@@ -258,7 +293,7 @@ def demo() -> int:
 
 
 def main() -> None:
-    """Run the command line, and exit: 0 done, 1 failed, 2 bad usage, 3 over the failure budget, 130 interrupted."""
+    """Run the command line, and exit: 0 done, 1 failed, 2 bad usage, 3 over a budget or under a gate, 130 stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -47,6 +47,7 @@ def examine(options: Options) -> list[Finding]:
         Finding("Python", True, f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
         Finding("machine", True, f"{usable_cores()} cores, {memory:.0f} GiB memory, {free:.0f} GiB free here"),
         _openvino(),
+        _precisions(),
         onnxruntime,
         _cuda(onnxruntime),
         _mxnet(),
@@ -109,12 +110,23 @@ def _openvino() -> Finding:
         openvino = importlib.import_module("infermill.runtimes.openvino").ov
         core = openvino.Core()
         devices = ", ".join(str(core.get_property(device, "FULL_DEVICE_NAME")) for device in core.available_devices)
-        capabilities = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        return Finding(
-            "openvino", True, f"{_version('openvino', openvino).partition('-')[0]} on {devices} ({capabilities})"
-        )
+        return Finding("openvino", True, f"{_version('openvino', openvino).partition('-')[0]} on {devices}")
     except _BROKEN as error:
         return _broken("openvino", error)
+
+
+def _precisions() -> Finding:
+    """What `--precision` may say here, and int8 of networks that are quantised."""
+    try:
+        module = importlib.import_module("infermill.runtimes.openvino")
+        found = module.precisions()
+    except _BROKEN as error:
+        return replace(_broken("precisions", error), hint="", optional=True)
+    lacking = [name for name in module.PRECISIONS if name not in found]
+    told = f"{', '.join(found)} with OpenVINO"
+    if lacking:
+        told += f"; this processor has no {' and no '.join(lacking)}"
+    return Finding("precisions", True, told, optional=True)
 
 
 def _onnxruntime() -> Finding:

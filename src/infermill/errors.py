@@ -5,6 +5,7 @@ InfermillError              exit 1; message, and a hint that says what to do nex
 │   ├── ModelError          the model card, or the network that it names
 │   └── JobMismatchError    the output holds another job
 ├── BudgetError             exit 3; more objects fail than the budget allows; the job can be resumed
+├── EvidenceError           exit 3; a network in less precision agrees less than was asked for; nothing is written
 ├── SourceError             the source cannot be listed, or holds nothing
 ├── RuntimeDiedError        the process in which a runtime executes the network has died
 └── StoreError              a store refuses or does not answer; the job stops and can be resumed
@@ -48,6 +49,12 @@ class JobMismatchError(UsageError):
 
 class BudgetError(InfermillError):
     """More objects fail than the budget allows. What is finished stays, and the job can be resumed."""
+
+    exit_code = 3
+
+
+class EvidenceError(InfermillError):
+    """A network in less precision agrees with fp32 less than was asked for. Nothing is written."""
 
     exit_code = 3
 

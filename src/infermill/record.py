@@ -91,6 +91,7 @@ def fingerprint(source: str | None, model: Model, options: Options) -> dict[str,
         "limit": options.limit,
         "model": model.digest,
         **dict(_flat(card)),
+        "precision": model.card.precision,
         "decode": options.decode,
         "max_pixels": options.max_pixels,
         "infermill": __version__,
@@ -122,7 +123,7 @@ def check_same_job(record: Record, now: Mapping[str, Any], uri: str, appending: 
     if not differing:
         return
     lines = [f"{name}: {before.get(name)} -> {now[name]}" for name in differing]
-    if "model" in differing and not any("." in name or name == "task" for name in differing):
+    if "model" in differing and not any("." in name or name in ("task", "precision") for name in differing):
         lines.append("(the card says the same: the network's weights or the labels differ)")
     raise JobMismatchError(
         f"{uri} holds another job:\n  " + "\n  ".join(lines),
@@ -145,7 +146,8 @@ def read_record(place: Output) -> Record | None:
         appends = [found for found in pool.map(lambda number: _read(place, _append_name(number)), numbers) if found]
     try:
         record = Record(
-            fingerprint=dict(job["fingerprint"]),
+            # Without a word, the job is from before there was another precision.
+            fingerprint={"precision": "fp32", **job["fingerprint"]},
             source=Source(**job["source"]),
             plans=tuple(PlanInfo(**one["plan"]) for one in (job, *appends)),
             model=job["model"],

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from infermill.datasets import Unpacked
     from infermill.doctor import Finding
     from infermill.estimation import Estimate
+    from infermill.evidence import Evidence
     from infermill.models.conversion import Conversion
     from infermill.models.inspection import Inspection
+    from infermill.quantize import Quantization
 
 
 SHOWN_PARTITIONS = 20
@@ -160,7 +162,7 @@ def inspection_text(inspection: "Inspection") -> str:
         for tensor in tensors:
             shape = ", ".join("?" if size is None else str(size) for size in tensor.shape or ())
             table.add_row(kind, Text(tensor.name), tensor.dtype, Text(f"[{shape}]"))
-    lines: list[RenderableType] = [table, ""]
+    lines: list[RenderableType] = [table, Text(f"computed in {inspection.precision}", style="dim"), ""]
     lines += [Text(f"assumed: {line}", style="yellow") for line in inspection.assumptions]
     if inspection.problem:
         lines.append(Text(f"problem: {inspection.problem}", style="red"))
@@ -179,7 +181,7 @@ def conversion_text(conversion: "Conversion") -> str:
 
 
 def comparison_text(comparison: "Comparison") -> str:
-    """How far the answers of two runtimes are apart, and the layer where that begins."""
+    """How far the answers of two runtimes are apart, and where that begins; or what a lower precision is worth."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("output", "max |Δ|", "of the largest value", "same top-1"):
         table.add_column(column, justify="left" if column == "output" else "right")
@@ -187,24 +189,94 @@ def comparison_text(comparison: "Comparison") -> str:
         top1 = "" if one.top1 is None else f"{one.top1:.1%}"
         table.add_row(Text(_visible(one.name)), f"{one.absolute:.2g}", f"{one.relative:.2g}", top1)
     skipped = f", {comparison.skipped:,} cannot be decoded" if comparison.skipped else ""
-    what = f"{comparison.runtime} against {comparison.against}: {comparison.inputs:,} inputs{skipped}"
-    lines: list[RenderableType] = [Text(what), "", table, ""]
+    found, expected = (
+        f"{runtime} in {precision}" if comparison.is_lower else runtime
+        for runtime, precision in (
+            (comparison.runtime, comparison.precision),
+            (comparison.against, comparison.against_precision),
+        )
+    )
+    what = f"{found} against {expected}: {comparison.inputs:,} inputs{skipped}"
+    verdict = _agreement(comparison) if comparison.is_lower else _difference(comparison)
+    return _rendered([Text(what), "", table, "", *verdict])
+
+
+def _agreement(comparison: "Comparison") -> list[RenderableType]:
+    """The evidence for a lower precision, and whether it is enough."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _evidence(comparison.evidence):
+        table.add_row(Text(name, style="dim"), value)
+    verdict = ("agree", "green") if comparison.agrees else ("differ", "red")
+    what = "agreement" if comparison.evidence.interval is None else "interval"
+    reached = f"{'reaches' if comparison.agrees else 'does not reach'} {100 * (1 - comparison.tolerance):.4g}%"
+    return [table, "", Text.assemble(verdict, f": the {what} {reached}")]
+
+
+def _difference(comparison: "Comparison") -> list[RenderableType]:
+    """Whether the outputs differ, and where that begins."""
     tolerance, layer = f"{comparison.tolerance:g} of the largest value", comparison.layer
     if comparison.agrees:
-        lines.append(Text.assemble(("agree", "green"), f": no output differs by more than {tolerance}"))
-    elif layer is None:
-        lines += [
+        return [Text.assemble(("agree", "green"), f": no output differs by more than {tolerance}")]
+    if layer is None:
+        return [
             Text.assemble(("differ", "red"), f" by more than {tolerance}, and no layer does by itself"),
             Text("Runtimes join layers, unless they have to tell what is between: what they join is what differs."),
         ]
-    else:
-        name = f"{_visible(layer.node)} ({layer.operator})" if layer.operator else _visible(layer.node)
-        apart = f"{layer.inside:.2g} in, {layer.outside:.2g} out ({layer.relative:.2g} of the largest value)"
-        lines += [
-            Text.assemble(("differ", "red"), f" by more than {tolerance}, first at ", (name, "bold")),
-            Text(f"max |Δ| there: {apart}"),
-        ]
-    return _rendered(lines)
+    name = f"{_visible(layer.node)} ({layer.operator})" if layer.operator else _visible(layer.node)
+    apart = f"{layer.inside:.2g} in, {layer.outside:.2g} out ({layer.relative:.2g} of the largest value)"
+    return [
+        Text.assemble(("differ", "red"), f" by more than {tolerance}, first at ", (name, "bold")),
+        Text(f"max |Δ| there: {apart}"),
+    ]
+
+
+def quantization_text(found: "Quantization") -> str:
+    """The evidence for a network in int8, its worst objects where it is not enough, and the two files."""
+    evidence = found.evidence
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    lines = _evidence(evidence)
+    if evidence.accuracy is not None:
+        for name, one in zip(("fp32", "int8"), evidence.accuracy, strict=True):
+            lines.append((f"accuracy in {name}", f"{one.share:.2%}{_between(one.interval)} of {one.of:,}"))
+    share = "" if found.int8_share is None else f", {found.int8_share:.0%} of multiplications in int8"
+    lines.append(("kept in float", f"{len(found.kept_in_float)} of {found.nodes} nodes{share}"))
+    for name, value in lines:
+        table.add_row(name, Text(value))
+    skipped = f", {found.skipped:,} cannot be decoded" if found.skipped else ""
+    what_for = f"calibrated with {found.calibrated:,}, chosen with {found.selected:,}{skipped}"
+    head = f"int8 against fp32 on {found.runtime}: {evidence.objects:,} objects ({what_for})"
+    shown: list[RenderableType] = [Text(head), "", table, ""]
+    if not found.passed:
+        return _rendered([*shown, _worst(found)])
+    return _rendered([*shown, Text(_visible(str(found.network))), Text(_visible(str(found.card)))])
+
+
+def _evidence(evidence: "Evidence") -> list[tuple[str, str]]:
+    """How far answers are from those in fp32, as the rows of a table."""
+    what = {"top-1": "the same best class", "cosine": "mean cosine similarity", "relative error": "1 - relative error"}
+    lines = [(what[evidence.measure], f"{evidence.agreement:.2%}{_between(evidence.interval)}")]
+    difference = "|Δp|" if evidence.measure == "top-1" else "difference"
+    lines.append((difference, f"max {evidence.max_delta:.2g}, mean {evidence.mean_delta:.2g}"))
+    if evidence.nonfinite:
+        lines.append(("NaN or infinity", f"{evidence.nonfinite:,} objects"))
+    return lines
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" (95 %: {interval[0]:.2%} to {interval[1]:.2%})"
+
+
+def _worst(found: "Quantization") -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("worst objects", "fp32", "int8"):
+        table.add_column(column, overflow="fold")
+    table.add_column("|Δp|", justify="right")
+    for one in found.worst:
+        delta = "NaN" if one.delta is None else f"{one.delta:.3f}"
+        table.add_row(*(Text(_visible(text or "")) for text in (one.key, one.fp32, one.int8)), delta)
+    return table
 
 
 def unpacked_text(unpacked: "Unpacked") -> str:

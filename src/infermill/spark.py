@@ -34,7 +34,7 @@ from infermill.column import ColumnJob, load_batch_predict, predict_column
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.fit import chosen_outputs
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model, in_fp32, open_model
 from infermill.models.onnx import inspect_network
 from infermill.parts import ERROR_TYPE
 from infermill.predictions import DETECTIONS_TYPE, TOP_TYPE
@@ -305,7 +305,7 @@ def _outputs_type(model: Model, options: Options) -> pa.DataType:
     outputs = chosen_outputs(model.card, inspect_network(model.network))
     dtypes = {output.name: output.dtype for output in outputs}
     if "undefined" in dtypes.values():  # it shows when the network runs
-        predictor, _ = load_predictor(model, options, Meter())
+        predictor, _ = load_predictor(in_fp32(model), options, Meter())  # this processor may have less
         arrays = predictor(np.zeros((1, *predictor.input_shape), predictor.input_dtype))
         dtypes = {name: str(array.dtype) for name, array in zip(predictor.output_names, arrays, strict=True)}
     return pa.struct(

@@ -27,6 +27,7 @@ DetectionFormat = Literal["mxnet-ssd", "yolov5", "yolov8", "yolov10", "boxes-lab
 MAX_PIXELS = 178_956_970
 "Pillow's own limit, beyond which it calls an image a decompression bomb."
 RuntimeName = Literal["openvino", "onnxruntime", "mxnet"]
+Precision = Literal["fp32", "fp16", "bf16"]
 DecodeProfile = Literal["exact", "fast"]
 EngineName = Literal["local", "spark"]
 ShardFormat = Literal["recordio", "tar", "cifar10", "cifar100"]
@@ -161,6 +162,8 @@ class CardOptions:
     "Divides the scaled pixels less the mean."
     layout: Literal["NCHW", "NHWC"] | None = None
     "Layout of the network's input."
+    precision: Precision | None = None
+    "What the network computes in, where the runtime and the processor have it. (default: fp32)"
     activation: Literal["softmax", "sigmoid", "none"] | None = None
     "Applied to the network's output."
     top_k: int | None = None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml.constructor import ConstructorError
 
 from infermill.errors import ModelError
-from infermill.types import DetectionFormat, Task
+from infermill.types import DetectionFormat, Precision, Task
 
 Activation = Literal["softmax", "sigmoid", "none"]
 Color = Literal["RGB", "BGR"]
@@ -195,6 +195,37 @@ class Output(_Strict):
     max_detections: Annotated[int, Field(ge=1, le=1000)] = 100
 
 
+Part = Annotated[float, Field(ge=0, le=1)]
+
+
+class Accuracy(_Strict):
+    """The part of objects with a label whose best class is the right one, with its 95 % interval."""
+
+    objects: int
+    fp32: Part
+    fp32_interval: tuple[Part, Part]
+    this: Part
+    this_interval: tuple[Part, Part]
+
+
+class CardEvidence(_Strict):
+    """How far this network's answers are from those in fp32, as `infermill quantize` measured it."""
+
+    of: str = Field(description="Digest of the model in fp32.")
+    source: str = Field(description="Where the objects are from.")
+    runtime: str = Field(description="The library that executed both networks.")
+    objects: int = Field(description="How many were predicted; none of them was calibrated with.")
+    measure: Literal["top-1", "cosine", "relative error"] = Field(description="What `agreement` is.")
+    agreement: Part = Field(description="Part of objects with the same best class; or the mean similarity.")
+    interval: tuple[Part, Part] | None = Field(default=None, description="The 95 % interval of `agreement`.")
+    max_delta: float = Field(description="The largest difference of a score, of an object.")
+    mean_delta: float = Field(description="The mean over objects of their largest difference of a score.")
+    nonfinite: int = Field(default=0, description="Objects that only this network answers with NaN or infinity.")
+    accuracy: Accuracy | None = Field(default=None, description="Where objects have labels.")
+    int8_share: Part | None = Field(default=None, description="The part of multiplications that is in int8.")
+    kept_in_float: tuple[str, ...] = Field(default=(), description="The nodes that are not.")
+
+
 class ModelCard(_Strict):
     """A network, and how to use it.
 
@@ -212,9 +243,15 @@ class ModelCard(_Strict):
         default=Preprocess(), description="From the image to the input; null where the input is a tensor as it is."
     )
     output: Output = Output()
+    precision: Precision = Field(
+        default="fp32", description="What the network computes in, where the runtime and the processor have it."
+    )
     labels: str | tuple[str, ...] | None = Field(default=None, description="A file of one label a line, or a list.")
     classes: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="How many classes the network must have."
+    )
+    evidence: CardEvidence | None = Field(
+        default=None, description="What was measured where this network was made; predictions do not depend on it."
     )
 
     @property
@@ -307,9 +344,11 @@ def card_schema() -> dict[str, Any]:
 
 
 def deciding_fields(card: ModelCard) -> dict[str, Any]:
-    """What of a card predictions depend on, as plain JSON types: all but its name, paths and labels."""
-    exclude: dict[str, Any] = dict.fromkeys(("name", "files", "labels", "classes"), True)
-    # What came with detection is left out where it says nothing: other cards keep the digest that they had before.
+    """What of a card predictions depend on, as plain JSON types: all but its name, paths, labels and evidence."""
+    exclude: dict[str, Any] = dict.fromkeys(("name", "files", "labels", "classes", "evidence"), True)
+    # What came later is left out where it says nothing: other cards keep the digest that they had before.
+    if card.precision == "fp32":
+        exclude["precision"] = True
     if card.task != "detection":
         exclude["output"] = DETECTION_FIELDS
     if card.preprocess is not None and card.preprocess.letterbox is None:

@@ -59,12 +59,17 @@ def convert_model(model: str, output: Path, store: StoreOptions, card: CardOptio
     written = card_beside(opened.card, opened.base, store, card_path)
     written = written.model_copy(update={"name": output.stem, "files": Files(onnx=output.name)})
     load_weights(external_tensors(opened.graph, opened.network))
-    _create(output, opened.graph.SerializeToString())
+    create_new(output, opened.graph.SerializeToString())
     write_new(card_path, write_card(written))
     return Conversion(output, card_path, opened.assumptions)
 
 
-def _create(path: Path, content: bytes) -> None:
+def create_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, whole or not at all.
+
+    Raises:
+        UsageError: it is there, or cannot be written.
+    """
     try:
         create_durably(path, content)
     except FileExistsError:

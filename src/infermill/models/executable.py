@@ -57,6 +57,8 @@ class Executable:
     input_shape: tuple[int, ...]
     input_dtype: str
     output_names: tuple[str, ...]
+    precision: str
+    "As `NetworkInfo.computed_in` says it."
 
 
 @contextmanager
@@ -93,6 +95,7 @@ def executable(model: Model, max_bytes: int = MAX_PROTOBUF_BYTES) -> Iterator[Ex
         input_shape=shape,
         input_dtype=dtype,
         output_names=outputs,
+        precision=info.computed_in(model.card.precision),
     )
     externals = external_tensors(network, model.network)
     # The size on disk: protobuf has to serialise a message to know its size.

@@ -17,9 +17,13 @@ from infermill.types import CardOptions, StoreOptions
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A network's tensors, and the card for it; `problem` says why that card cannot be used as it is."""
+    """A network's tensors, and the card for it; `problem` says why that card cannot be used as it is.
+
+    `precision` is what the network's layers would be computed in, where the processor has that.
+    """
 
     network: NetworkInfo
+    precision: str
     card_yaml: str
     assumptions: tuple[str, ...]
     problem: str | None
@@ -46,7 +50,9 @@ def inspect_model(model: str, store: StoreOptions, card: CardOptions, write: Pat
         problem = f"{error.message}; {error.hint}"
     if write is not None:
         write_new(write, text)
-    return Inspection(opened.info, text, opened.assumptions, problem, write)
+    return Inspection(
+        opened.info, opened.info.computed_in(opened.card.precision), text, opened.assumptions, problem, write
+    )
 
 
 def card_beside(card: ModelCard, base: Location, store: StoreOptions, write: Path | None) -> ModelCard:

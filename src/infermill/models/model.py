@@ -6,7 +6,7 @@ What reads MXNet's checkpoints is imported where one is opened, and not before: 
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,18 @@ def open_model(
     return Model(
         opened.card, opened.network, labels, digest, opened.assumptions, given, card_options, opened.checkpoint
     )
+
+
+def in_fp32(model: Model) -> Model:
+    """The same network, to be computed in fp32: what a lower precision is compared with.
+
+    Its digest is still that of `model`.
+
+    Example:
+        >>> in_fp32(open_model("model.yaml", StoreOptions())).card.precision  # doctest: +SKIP
+        'fp32'
+    """
+    return replace(model, card=model.card.model_copy(update={"precision": "fp32"}))
 
 
 def digested_files(network: Path, graph: onnx.ModelProto, checkpoint: "Checkpoint | None") -> Mapping[str, Path]:
@@ -207,6 +219,7 @@ def _with_options(card: ModelCard, given: CardOptions) -> ModelCard:
         ("output", "score_threshold"): given.score_threshold,
         ("output", "iou_threshold"): given.iou_threshold,
         ("output", "max_detections"): given.max_detections,
+        ("precision",): given.precision,
     }
     resize = dict(resize_before)
     size = {"shorter": given.shorter, "exact": given.exact, "letterbox": given.letterbox}

@@ -13,8 +13,12 @@ Dim = int | str | None
 MAX_PROTOBUF_BYTES = 2**31 - 1
 DTYPES = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()} | {1: "float32", 11: "float64"}
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+INT8_OPS = ("DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 # Operators that pass values on as they are: what stands behind them tells more about the network.
-PASSIVE_OPS = ("Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout")
+PASSIVE_OPS = (
+    "Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout",
+    "QuantizeLinear", "DequantizeLinear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,20 @@ class NetworkInfo:
     ir_version: int
     nodes: int
     file_bytes: int
+    is_quantised: bool = False
+    "It quantises what is between its layers, to 8 bits."
+
+    def computed_in(self, precision: str) -> str:
+        """What its layers are computed in where its floats have this precision: `int8` and, where that is not fp32, the
+        rest behind a plus.
+
+        Example:
+            >>> inspect_network(Path("resnet18-int8.onnx")).computed_in("bf16")  # doctest: +SKIP
+            'int8+bf16'
+        """
+        if not self.is_quantised:
+            return precision
+        return "int8" if precision == "fp32" else f"int8+{precision}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +257,21 @@ def describe(model: onnx.ModelProto, path: Path) -> NetworkInfo:
         ir_version=model.ir_version,
         nodes=len(graph.node),
         file_bytes=path.stat().st_size + sum(sizes.values()),
+        is_quantised=_is_quantised(graph),
     )
+
+
+def _is_quantised(graph: onnx.GraphProto) -> bool:
+    """Weights alone, which are 8-bit on disk and multiplied as floats, do not count."""
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            zero = next(iter(node.input[2:3]), "")  # its type is the type that is quantised to
+            if types.get(zero, onnx.TensorProto.UINT8) in (onnx.TensorProto.UINT8, onnx.TensorProto.INT8):
+                return True
+        elif node.op_type in INT8_OPS:
+            return True
+    return False
 
 
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -49,6 +49,7 @@ class Predictor:
     runtime: RuntimeName
     device: str
     precision: str
+    "What its layers are computed in: fp32, fp16, bf16, int8, or int8+bf16: what is not int8 of such a network is bf16."
 
     def __call__(self, batch: Batch) -> Arrays:
         return self.run(batch)
@@ -65,7 +66,7 @@ def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = 
 
     Raises:
         ModelError: the network does not fit its card, or the runtime cannot execute it.
-        UsageError: there is no Python that has mxnet.
+        UsageError: there is no Python that has mxnet, or no such precision here.
 
     Example:
         >>> predictor = load(model, "openvino", threads=2)  # doctest: +SKIP
@@ -95,11 +96,13 @@ def check_runtime(model: Model, runtime: RuntimeName, python: str | None, *, is_
 
     Raises:
         ModelError: the runtime does not execute networks of this kind.
-        UsageError: there is no Python that could have mxnet.
+        UsageError: there is no Python that could have mxnet, or the precision is not there.
 
     Example:
         >>> check_runtime(model, "mxnet", "/opt/mxnet/bin/python", is_here=True)  # doctest: +SKIP
     """
+    if model.card.precision != "fp32":  # or the driver would import the runtime for nothing
+        importlib.import_module(MODULES[runtime]).check_precision(model.card.precision, is_here=is_here)
     if runtime == "mxnet":
         module = importlib.import_module(MODULES[runtime])
         module.checkpoint_of(model)

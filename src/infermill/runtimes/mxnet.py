@@ -32,6 +32,7 @@ from infermill.models.mxnet.checkpoint import Checkpoint
 from infermill.models.mxnet.symbol import read_symbol
 from infermill.models.onnx import TensorInfo, inspect_network
 from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.types import Precision
 
 BATCH_SIZE = 8
 PYTHON_VARIABLE = "INFERMILL_MXNET_PYTHON"
@@ -55,9 +56,10 @@ def load(model: Model, threads: int, python: str | None = None) -> Predictor:
 
     Raises:
         ModelError: the model has no checkpoint, does not fit its card, or MXNet refuses it.
-        UsageError: there is no Python that has mxnet.
+        UsageError: there is no Python that has mxnet, or the precision of its card is not fp32.
     """
     checkpoint = checkpoint_of(model)
+    check_precision(model.card.precision, is_here=True)
     with executable(model) as graph:
         source = inspect_network(model.network).inputs[0]
         batch_size = best_batch_size(graph, BATCH_SIZE)
@@ -88,6 +90,23 @@ def load(model: Model, threads: int, python: str | None = None) -> Predictor:
         device="cpu",
         precision="fp32",
     )
+
+
+def check_precision(precision: Precision, *, is_here: bool) -> None:
+    """Refuse all but fp32.
+
+    Args:
+        precision: that of a card.
+        is_here: it will be computed on this machine.
+
+    Raises:
+        UsageError: it is not fp32.
+    """
+    if precision != "fp32":
+        raise UsageError(
+            f"MXNet computes a checkpoint in fp32, and not in {precision}",
+            f"leave --precision out, or take --runtime openvino where `infermill doctor` names {precision}",
+        )
 
 
 def checkpoint_of(model: Model) -> Checkpoint:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from infermill.errors import UsageError
 from infermill.models.executable import executable
 from infermill.models.model import Model
 from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.types import Precision
 
 # From its import on, ONNX Runtime sends events to Microsoft, and leaves a device id in the home directory.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -35,11 +37,13 @@ _ERRORS: tuple[type[Exception], ...] = (
 
 
 def load(model: Model, threads: int) -> Predictor:
-    """Start a session for `model` in fp32, on the GPU if there is one.
+    """Start a session for `model`, on the GPU if there is one.
 
     Raises:
         ModelError: the network does not fit its card, or has an operator that ONNX Runtime lacks.
+        UsageError: the precision of its card is not fp32.
     """
+    check_precision(model.card.precision, is_here=True)
     streams = min(threads, MAX_STREAMS)
     with executable(model) as graph:
         try:
@@ -67,8 +71,25 @@ def load(model: Model, threads: int) -> Predictor:
         streams=CUDA_STREAMS if device == "cuda" else streams,
         runtime="onnxruntime",
         device=device,
-        precision="fp32",
+        precision=graph.precision,
     )
+
+
+def check_precision(precision: Precision, *, is_here: bool) -> None:
+    """Refuse what ONNX Runtime would compute in fp32, between casts.
+
+    Args:
+        precision: that of a card.
+        is_here: it will be computed on this machine.
+
+    Raises:
+        UsageError: it is not fp32.
+    """
+    if precision != "fp32":
+        raise UsageError(
+            f"--runtime onnxruntime has no {precision}: on a processor it would be fp32 between casts, and slower",
+            f"leave --precision out, or take --runtime openvino where `infermill doctor` names {precision}",
+        )
 
 
 def _session(network: bytes | Path, streams: int, threads: int) -> Any:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from infermill.errors import ModelError
+from infermill.errors import ModelError, UsageError
 from infermill.models.executable import executable
 from infermill.models.model import Model
 from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.types import Precision
 
 # With this package, `import openvino` tells Google Analytics of each import, and leaves a folder in the home directory.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -19,22 +20,27 @@ import openvino as ov  # noqa: E402
 
 MAX_STREAMS = 8
 BATCH_SIZE = 8
+HINTS: dict[Precision, ov.Type] = {"fp32": ov.Type.f32, "fp16": ov.Type.f16, "bf16": ov.Type.bf16}
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+"As OpenVINO calls them, too, in capitals."
 _INT32 = np.iinfo(np.int32)
 # Lines of an OpenVINO error that tell its developers where, and nobody what.
 _NOISE = ("Exception from", "Check '", "FrontEnd API", "Summary:", "To facilitate", "Loading input model")
 
 
 def load(model: Model, threads: int) -> Predictor:
-    """Compile `model` for the processor, in fp32.
+    """Compile `model` for the processor, in the precision of its card.
 
     Raises:
         ModelError: the network does not fit its card, or has an operator that OpenVINO lacks.
+        UsageError: the processor does not have the precision.
     """
+    check_precision(model.card.precision, is_here=True)
     streams = min(threads, MAX_STREAMS)
     with executable(model) as graph:
         batch_size = best_batch_size(graph, BATCH_SIZE)
         try:
-            requests = _compile(graph.network, streams, threads)
+            requests = _compile(graph.network, model.card.precision, streams, threads)
         except RuntimeError as error:
             raise refused(model, "openvino", _reason(error)) from None
         infer = _Pool(requests, len(graph.output_names), model)
@@ -49,21 +55,56 @@ def load(model: Model, threads: int) -> Predictor:
         streams=streams,
         runtime="openvino",
         device="cpu",
-        precision="fp32",
+        precision=graph.precision,
     )
 
 
-def _compile(network: bytes | Path, streams: int, threads: int) -> "SimpleQueue[Any]":
+def precisions() -> tuple[str, ...]:
+    """What the processor has, of fp32, bf16, fp16 and int8.
+
+    Example:
+        >>> precisions()  # doctest: +SKIP
+        ('fp32', 'bf16', 'int8')
+    """
+    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return tuple(name for name in PRECISIONS if name.upper() in capabilities)
+
+
+def check_precision(precision: Precision, *, is_here: bool) -> None:
+    """Refuse what OpenVINO would silently compute in fp32.
+
+    Args:
+        precision: that of a card.
+        is_here: it will be computed on this machine.
+
+    Raises:
+        UsageError: the processor of this machine does not have it.
+    """
+    if precision != "fp32" and is_here and precision not in precisions():
+        raise _lacking(precision)
+
+
+def _lacking(precision: Precision) -> UsageError:
+    processor = str(ov.Core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
+    return UsageError(
+        f"this processor ({processor}) has no {precision}, and OpenVINO would compute in fp32",
+        f"leave --precision out, or take a machine for which `infermill doctor` names {precision}",
+    )
+
+
+def _compile(network: bytes | Path, precision: Precision, streams: int, threads: int) -> "SimpleQueue[Any]":
     core = ov.Core()
     settings = {
         # Without it a processor that has bf16 computes in bf16.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
         # Two workers on one host would be pinned to the same cores.
         "ENABLE_CPU_PINNING": False,
     }
     compiled = core.compile_model(core.read_model(network), "CPU", settings)
+    if compiled.get_property("INFERENCE_PRECISION_HINT") != HINTS[precision]:
+        raise _lacking(precision)
     requests: SimpleQueue[Any] = SimpleQueue()
     for _ in range(streams):
         requests.put(compiled.create_infer_request())
