@@ -38,13 +38,13 @@ from infermill.models.conversion import create_new
 from infermill.models.inspection import card_beside
 from infermill.models.model import Model, open_card, open_model
 from infermill.models.quantization import Quantized, check_quantizable, quantize_network
-from infermill.pipeline import Stages
 from infermill.plan import cut
 from infermill.predictions import rows_for
 from infermill.reader import open_reader
 from infermill.runtimes import Predictor
 from infermill.sensitivity import Choice, choose_nodes
 from infermill.sources import list_source, rereadable
+from infermill.stages import Stages
 from infermill.stores import STORE_ERRORS, explain, locate, open_store
 from infermill.types import CardOptions, Label, ObjectRef, Options
 from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of
