@@ -48,9 +48,9 @@ def residual(path: Path) -> Path:
     return net.save(path, [image], [onnx.helper.make_tensor_value_info("logits", 1, ["N", 5])])
 
 
-def answers_of(model: Model, network: onnx.ModelProto, path: Path, runtime: RuntimeName) -> NDArray[np.generic]:
+def answers_of(model: Model, network: onnx.ModelProto, path: Path, runtime: RuntimeName) -> NDArray[np.float64]:
     path.write_bytes(network.SerializeToString())
-    return load(replace(model, network=path), runtime, 2)(np.stack(ROWS))[0]
+    return load(replace(model, network=path), runtime, 2)(np.stack(ROWS))[0].astype(np.float64)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from infermill.quantize import quantize
 from infermill.report import quantization_text
 from infermill.rows import read
 from infermill.types import CardOptions, Options, StoreOptions
+from tests.checkpoints import write_checkpoint
 from tests.networks import Network, pictures, tiny_classifier, tiny_detector, tiny_embedding, tiny_raw, tiny_tabular
 from tests.shards import packed, png, write_records
 
@@ -148,7 +149,8 @@ def test_below_the_gate_nothing_is_written(tmp_path: Path, photos: Path) -> None
     bad_network(tmp_path / "bad.onnx", 1000)
     card = write_card(tmp_path / "bad.yaml", files={"onnx": "bad.onnx"}, labels=["a", "b", "c", "d"])
     before = sorted(tmp_path.iterdir())
-    arguments = [card, "--calibrate", photos, "-o", tmp_path / "int8.yaml", "--min-agreement", "0.99"]
+    output = str(tmp_path / "int8.yaml")
+    arguments = [str(card), "--calibrate", str(photos), "-o", output, "--min-agreement", "0.99"]
     done = subprocess.run([*COMMAND, *arguments, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert "less than --min-agreement 0.99" in done.stderr
@@ -167,7 +169,8 @@ def test_below_the_gate_nothing_is_written(tmp_path: Path, photos: Path) -> None
 
 
 def test_a_gate_that_is_met(tmp_path: Path, model: Path, photos: Path) -> None:
-    arguments = [model, "--calibrate", photos, "-o", tmp_path / "int8.yaml", "--min-agreement", "0.5"]
+    output = str(tmp_path / "int8.yaml")
+    arguments = [str(model), "--calibrate", str(photos), "-o", output, "--min-agreement", "0.5"]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=True)
     assert "the same best class" in done.stdout
     assert done.stdout.endswith(f"{tmp_path}/int8.onnx\n{tmp_path}/int8.yaml\n")
@@ -232,6 +235,16 @@ def test_a_network_with_a_fixed_batch(tmp_path: Path, photos: Path) -> None:
     assert quantize(card, photos, tmp_path / "int8.yaml", QUIET).evidence.agreement > 0.9
 
 
+def test_a_checkpoint_of_mxnet(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prefix = write_checkpoint(tmp_path)
+    found = quantize(str(prefix), photos, tmp_path / "int8.yaml", QUIET, CardOptions(exact=(32, 32), scale=1 / 255))
+    assert found.evidence.objects > 50
+    card = read_card(tmp_path / "int8.yaml")
+    assert (card.files.onnx, card.files.symbol) == ("int8.onnx", None)
+    assert load_model(tmp_path / "int8.yaml", QUIET)([photos / "1.png"])[0].top
+
+
 # --- what is refused
 
 
@@ -245,7 +258,9 @@ def test_what_cannot_be_quantized_or_compared(tmp_path: Path, model: Path, photo
         quantize(card, photos, tmp_path / "x.yaml", QUIET)
     tiny_detector(tmp_path / "yolo.onnx", "yolov8")
     with pytest.raises(ModelError, match="no measure"):
-        quantize(tmp_path / "yolo.onnx", photos, tmp_path / "x.yaml", QUIET, CardOptions(labels=None))
+        quantize(
+            tmp_path / "yolo.onnx", photos, tmp_path / "x.yaml", QUIET, CardOptions(task="detection", format="yolov8")
+        )
 
 
 @pytest.mark.parametrize(

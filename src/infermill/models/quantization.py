@@ -287,9 +287,10 @@ def _macs(floating: onnx.ModelProto, model: Model) -> dict[str, int]:
     sizes = (1, *height_width, 0) if is_last else (1, 0, *height_width)
     batch = 1
     for value in _sources(sized.graph):
-        for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=False):
+        dims = value.type.tensor_type.shape.dim
+        for dim, size in zip(dims, sizes, strict=False):
             dim.dim_value = dim.dim_value or size
-        batch = value.type.tensor_type.shape.dim[0].dim_value
+        batch = dims[0].dim_value if dims else 1
     del sized.graph.value_info[:]
     graph = inferred(sized).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
