@@ -160,9 +160,11 @@ def quantize_network(model: Model, rows: Iterable[NDArray[np.generic]]) -> Quant
         >>> quantized.int8_share(())  # doctest: +SKIP
         1.0
     """
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    failures = (*_FAILURES, ort_errors.Fail, ort_errors.InvalidGraph, ort_errors.NotImplemented)
     with tempfile.TemporaryDirectory(prefix="infermill-") as folder:
         folded, written = Path(folder, "folded.onnx"), Path(folder, "int8.onnx")
         try:
@@ -178,7 +180,7 @@ def quantize_network(model: Model, rows: Iterable[NDArray[np.generic]]) -> Quant
                 extra_options=_OPTIONS,
             )  # fmt: skip
             int8 = read_network(written)
-        except _FAILURES as error:
+        except failures as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(
                 f"onnxruntime cannot quantize {model.card.files.network}: {reason}",
