@@ -28,6 +28,7 @@ SIDES = {
     **dict.fromkeys([f"gluon-vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")], 32),
     "gluon-alexnet": 96,
     "gluon-inceptionv3": 299,
+    "gluon-resnet152_v1": 128,
 }
 
 

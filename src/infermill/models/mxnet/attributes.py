@@ -41,11 +41,11 @@ class Attributes:
         return None if self._is_none(name) else self.integer(name)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
+        """A number, or infinity; never NaN."""
         return self._parsed(name, default, _number, "a number")
 
     def optional_number(self, name: str) -> float | None:
-        """A finite number, or None where the attribute is missing or `None`."""
+        """A number, or None where the attribute is missing or `None`."""
         return None if self._is_none(name) else self.number(name)
 
     def integers(self, name: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Attributes:
         )
 
     def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-        """A tuple of finite numbers."""
+        """A tuple of numbers."""
         return self._parsed(name, default, lambda text: _elements(text, _number), "a tuple of numbers")
 
     def choice(self, name: str, choices: Sequence[str], default: str | None = None) -> str:
@@ -124,7 +124,7 @@ def _optional_integer(text: str) -> int | None:
 
 def _number(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
+    if math.isnan(value):
         raise ValueError(text)
     return value
 
