@@ -11,7 +11,8 @@ from infermill.models.onnx import shown
 
 _Value = TypeVar("_Value")
 _TRUE, _FALSE = ("True", "true", "1"), ("False", "false", "0")
-# Python 2 wrote integers in tuples as `3L`; more digits than any length needs are an attack.
+# More elements, or more digits than any length needs, are an attack. Python 2 wrote integers in tuples as `3L`.
+_MAX_ELEMENTS = 1024
 _INTEGER = re.compile(r"([+-]?\d{1,18})L?")
 
 
@@ -90,7 +91,7 @@ class Attributes:
 
     def _unreadable(self, name: str, expected: str) -> ModelError:
         return ModelError(
-            f"{described(self._node)}: its attribute `{name}` is {self._node.attrs.get(name)!r}, and not {expected}",
+            f"{described(self._node)}: its attribute `{name}` is {shown(self._node.attrs.get(name, ''))!r}, and not {expected}",
             "the symbol file is damaged, or of an MXNet that has other attributes: export it again with MXNet 1.9.1",
         )
 
@@ -132,5 +133,7 @@ def _number(text: str) -> float:
 def _elements(text: str, parse: Callable[[str], _Value]) -> tuple[_Value, ...]:
     if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")):
         inner = text[1:-1].strip().removesuffix(",")
+        if inner.count(",") >= _MAX_ELEMENTS:
+            raise ValueError(text)
         return tuple(parse(element.strip()) for element in inner.split(",")) if inner else ()
     return (parse(text),)

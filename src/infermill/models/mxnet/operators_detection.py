@@ -17,6 +17,7 @@ from infermill.models.mxnet.operators_shape import cut
 _INT64 = np.iinfo(np.int64)
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def multibox_prior(step: Step) -> Tensor:
     """src/operator/contrib/multibox_prior.cc, whose arithmetic is float32."""
     attributes = step.attributes
@@ -80,6 +81,7 @@ def multibox_detection(step: Step) -> Tensor:
     return step.add("Concat", result, rest, axis=1)
 
 
+@np.errstate(over="ignore")
 def _decoded(step: Step, offsets: Tensor, anchors: Tensor, count: int) -> Tensor:
     """Corners, from anchors and what the network says of each: the centre's shift and the sides' logarithm."""
     variances = step.attributes.numbers("variances", (0.1, 0.1, 0.2, 0.2))
