@@ -50,6 +50,7 @@ def _dense(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     ):
         yield mx.sym.BatchNorm(data, **arguments), IMAGE
     yield mx.sym.BatchNorm(data, fix_gamma=False), (6,)
+    yield mx.sym.BatchNorm_v1(data, fix_gamma=False, output_mean_var=True), IMAGE
     yield mx.sym.InstanceNorm(data), IMAGE
     yield mx.sym.InstanceNorm(data, eps=0.1), ROWS
     yield mx.sym.LayerNorm(data), ROWS
@@ -58,6 +59,10 @@ def _dense(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     whole = mx.sym.floor(mx.sym.abs(data * 4))
     yield mx.sym.Embedding(whole, input_dim=5, output_dim=3), (6,)
     yield mx.sym.take(data, mx.sym.slice_axis(mx.sym.mean(whole, axis=2), axis=1, begin=0, end=2), axis=1), ROWS
+    yield (
+        mx.sym.take(mx.sym.Variable("rows_weight", shape=(4, 3), dtype="float32"), mx.sym.floor(data * 4), mode="wrap"),
+        ROWS,
+    )
     yield mx.sym.batch_dot(data, data, transpose_b=True), ROWS
     yield mx.sym.dot(data, mx.sym.sin(data), transpose_b=False, transpose_a=True), (6,)
 
@@ -80,7 +85,13 @@ def _pooling(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield pool(data, kernel=(3, 3), pool_type="lp", p_value=1), IMAGE
     yield pool(data, kernel=(3, 3)), IMAGE
     yield pool(data, kernel=(3,), layout="NWC", stride=(2,)), ROWS
+    for kind in ("max", "avg", "sum"):
+        for convention in ("valid", "full"):
+            arguments = {"kernel": (3, 2), "stride": (2, 2), "pad": (1, 0), "pooling_convention": convention}
+            yield mx.sym.Pooling_v1(data, pool_type=kind, **arguments), (4, 10, 11)
+        yield mx.sym.Pooling_v1(data, kernel=(2, 2), pool_type=kind, global_pool=True, pad=(1, 1)), IMAGE
     yield mx.sym.contrib.AdaptiveAvgPooling2D(data, output_size=(3, 4)), (4, 9, 12)
+    yield mx.sym.contrib.AdaptiveAvgPooling2D(data, output_size=(6, 4)), IMAGE
     yield mx.sym.contrib.AdaptiveAvgPooling2D(data, output_size=1), IMAGE
     yield mx.sym.contrib.AdaptiveAvgPooling2D(data), IMAGE
 
@@ -104,7 +115,9 @@ def _elementwise(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     for name in ("log", "sqrt", "rsqrt", "reciprocal"):
         yield getattr(sym, name)(positive), ROWS
     yield sym.hard_sigmoid(data, alpha=0.5, beta=0.1), ROWS
+    yield sym.hard_sigmoid(data, beta=0), ROWS
     yield sym.clip(data, a_min=-0.5, a_max=0.25), ROWS
+    yield sym.clip(data, a_min=-0.5, a_max=float("inf")), ROWS
     yield sym.Cast(sym.Cast(data * 9, dtype="int32"), dtype="float32"), ROWS
     for scalar in (data + 2, data - 2, 2 - data, data * 3, data / 3, 3 / positive, positive**1.5, 1.5**data):
         yield scalar, ROWS
@@ -143,6 +156,8 @@ def _shapes(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield sym.Reshape(data, shape=(-1, 0), reverse=True), IMAGE
     yield sym.Reshape(data, shape=(0, 0, -3), reverse=True), IMAGE
     yield sym.Reshape(sym.Reshape(data, shape=(-3, -2)), shape=(-4, -1, 4, -2)), IMAGE
+    yield sym.Reshape(sym.Reshape(data, shape=(-1, 4, 99)), shape=(0, -1)), IMAGE
+    yield sym.Reshape(sym.Reshape(data, shape=(-3, -2)), shape=(0, -1)), IMAGE
     yield sym.transpose(data), ROWS
     yield sym.transpose(data, axes=(0, 2, 3, 1)), IMAGE
     yield sym.SwapAxis(data, dim1=1, dim2=3), IMAGE
@@ -205,6 +220,17 @@ def _reductions(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield sym.norm(data, ord=1, axis=2), ROWS
     yield sym.argmax(data, axis=1), ROWS
     yield sym.argmin(data, axis=2, keepdims=True), ROWS
+    yield sym.argmax_channel(data), IMAGE
+    for kind in ("value", "indices", "mask", "both"):
+        yield sym.topk(data, k=3, ret_typ=kind), ROWS
+        yield sym.topk(data, axis=1, k=2, ret_typ=kind, is_ascend=True), IMAGE
+    yield sym.Cast(sym.topk(data, axis=-2, k=0, dtype="int32"), dtype="float32"), ROWS
+    index = sym.floor(sym.sum(data, axis=2) * 2)
+    yield sym.pick(data, index, axis=2), ROWS
+    yield sym.pick(data, index, mode="wrap", keepdims=True), ROWS
+    yield sym.pick(data, sym.expand_dims(sym.floor(sym.sum(data, axis=1) * 2), axis=1), axis=1), ROWS
+    yield sym.one_hot(sym.floor(data * 3), depth=4), ROWS
+    yield sym.one_hot(sym.floor(data * 3), depth=3, on_value=2.5, off_value=-1), ROWS
     for mode in ("instance", "channel", "spatial"):
         yield sym.L2Normalization(data, mode=mode), IMAGE
     yield sym.L2Normalization(data, mode="channel", eps=0.3), ROWS
@@ -223,6 +249,7 @@ def _resizing(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield mx.sym.contrib.BilinearResize2D(data, height=13, width=20), IMAGE
     yield mx.sym.contrib.BilinearResize2D(data, scale_height=2, scale_width=1.5), (4, 8, 10)
     yield mx.sym.contrib.BilinearResize2D(data, height=13, width=20, align_corners=False), IMAGE
+    yield mx.sym.contrib.BilinearResize2D(data, height=13, width=1, align_corners=False), IMAGE
 
 
 def _detection(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
@@ -230,6 +257,7 @@ def _detection(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
     priors: list[dict[str, Any]] = [
         {},
         {"sizes": (0.2, 0.5), "ratios": (1, 2, 0.5, 3)},
+        {"sizes": (0.4, 0.3), "ratios": (2, 0.5)},
         {"sizes": (0.9, 0.3), "ratios": (1, 2), "clip": True, "steps": (0.2, 0.1), "offsets": (0.3, 0.6)},
     ]
     for arguments in priors:
@@ -277,5 +305,13 @@ def _detection(data: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
         yield nms(corners, **arguments), (40, 6)
         yield nms(turned, **arguments), (40, 6)
         yield nms(centres, **{"in_format": "center", **arguments}), (40, 6)
+    behind = sym.Concat(label - 1, score, low, low + side, dim=2)
+    yield nms(behind, id_index=0, overlap_thresh=0.2), (40, 6)
+    yield nms(behind, id_index=0, background_id=1, valid_thresh=-9), (40, 6)
+    for threshold in (0, 0.5, 1, 2):  # squares that are the same, or half the same, or beside each other
+        whole = sym.Concat(label, score, sym.floor(low), sym.floor(low) + 2, dim=2)
+        half = sym.Concat(label, score, sym.floor(low), sym.floor(low) + 1 + sym.floor(sym.abs(low)), dim=2)
+        yield nms(whole, overlap_thresh=threshold, valid_thresh=-9), (40, 6)
+        yield nms(half, overlap_thresh=threshold, valid_thresh=-9), (40, 6)
     yield nms(last, coord_start=0, score_index=4, overlap_thresh=0.2), (40, 6)
     yield nms(sym.Reshape(corners, shape=(0, 2, 20, 6)), overlap_thresh=0.2), (40, 6)

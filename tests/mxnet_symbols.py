@@ -95,7 +95,7 @@ def alexnet() -> Any:
     body = _relu(_conv(body, 384, 3, "conv4", 1, 1), "relu4")
     body = pooled(_relu(_conv(body, 256, 3, "conv5", 1, 1), "relu5"))
     for number in (1, 2):
-        body = mx.sym.FullyConnected(mx.sym.Flatten(body), name=f"fc{number}", num_hidden=512)
+        body = mx.sym.FullyConnected(mx.sym.Flatten(body), name=f"fc{number}", num_hidden=4096)
         body = mx.sym.Dropout(_relu(body, f"relu{number + 5}"), p=0.5)
     return _classifier(body, "fc3")
 
@@ -111,7 +111,7 @@ def vgg(layers: tuple[int, ...], norm: bool) -> Any:
             body = _relu(body, f"relu{stage}_{number}")
         body = mx.sym.Pooling(body, pool_type="max", kernel=(2, 2), stride=(2, 2), name=f"pool{stage}")
     for number in (6, 7):
-        body = mx.sym.FullyConnected(mx.sym.flatten(body), num_hidden=512, name=f"fc{number}")
+        body = mx.sym.FullyConnected(mx.sym.flatten(body), num_hidden=4096, name=f"fc{number}")
         body = mx.sym.Dropout(_relu(body, f"relu{number}"), p=0.5, name=f"drop{number}")
     return _classifier(body, "fc8")
 
@@ -264,6 +264,58 @@ def mobilenet_v2() -> Any:
     return _classifier(mx.sym.Pooling(body, kernel=(7, 7), global_pool=True, pool_type="avg", name="global_pool"))
 
 
+def densenet(layers: tuple[int, ...], growth: int, reduction: float) -> Any:
+    """densenet.py, as MXNet users wrote it for ImageNet: pre-activated bottlenecks, each joined to what it was given."""
+    body = _conv(mx.sym.Variable("data"), 2 * growth, 7, "conv0", 2, 3, no_bias=True)
+    body = _relu(_norm(body, "bn0"), "relu0")
+    body = mx.sym.Pooling(body, kernel=(3, 3), stride=(2, 2), pad=(1, 1), pool_type="max", name="pool0")
+    channels = 2 * growth
+    for stage, count in enumerate(layers, 1):
+        for number in range(1, count + 1):
+            name = f"DBstage{stage}_unit{number}"
+            way = _relu(_norm(body, f"{name}_bn1"), f"{name}_relu1")
+            way = _conv(way, 4 * growth, 1, f"{name}_conv1", no_bias=True)
+            way = _relu(_norm(way, f"{name}_bn2"), f"{name}_relu2")
+            way = mx.sym.Dropout(_conv(way, growth, 3, f"{name}_conv2", 1, 1, no_bias=True), p=0.2)
+            body = mx.sym.Concat(body, way, name=f"{name}_concat0")
+        channels += count * growth
+        if stage < len(layers):
+            channels = int(channels * reduction)
+            way = _relu(_norm(body, f"TBstage{stage}_bn1"), f"TBstage{stage}_relu1")
+            way = _conv(way, channels, 1, f"TBstage{stage}_conv1", no_bias=True)
+            body = mx.sym.Pooling(way, kernel=(2, 2), stride=(2, 2), pool_type="avg", name=f"TBstage{stage}_pool1")
+    body = _relu(_norm(body, "bn1"), "relu1")
+    return _classifier(mx.sym.Pooling(body, global_pool=True, kernel=(7, 7), pool_type="avg", name="pool1"))
+
+
+def squeezenet() -> Any:
+    """SqueezeNet 1.0: pooled in Caffe's way, and classified by a convolution."""
+
+    def fire(data: Any, squeezed: int, expanded: int, name: str) -> Any:
+        inner = _relu(_conv(data, squeezed, 1, f"{name}_squeeze1x1"), f"{name}_relu_squeeze1x1")
+        ways = [
+            _relu(
+                _conv(inner, expanded, kernel, f"{name}_expand{kernel}x{kernel}", 1, kernel // 2),
+                f"{name}_relu{kernel}",
+            )
+            for kernel in (1, 3)
+        ]
+        return mx.sym.Concat(*ways, name=f"{name}_concat")
+
+    def pool(data: Any, name: str) -> Any:
+        window = {"kernel": (3, 3), "stride": (2, 2), "pooling_convention": "full"}
+        return mx.sym.Pooling(data, pool_type="max", name=name, **window)
+
+    body = pool(_relu(_conv(mx.sym.Variable("data"), 96, 7, "conv1", 2), "relu_conv1"), "pool1")
+    for number, squeezed in enumerate((16, 16, 32, 32, 48, 48, 64, 64), 2):
+        body = fire(body, squeezed, 4 * squeezed, f"fire{number}")
+        if number in (4, 8):
+            body = pool(body, f"pool{number}")
+    body = _relu(_conv(mx.sym.Dropout(body, p=0.5, name="drop9"), CLASSES, 1, "conv10"), "relu_conv10")
+    body = mx.sym.Pooling(body, global_pool=True, kernel=(13, 13), pool_type="avg", name="pool10")
+    return mx.sym.SoftmaxOutput(mx.sym.Flatten(body, name="flatten"), name="softmax")
+
+
 def ssd_vgg16() -> Any:
     """vgg16_reduced.py and common.py of example/ssd, for deployment."""
     body, sources = mx.sym.Variable("data"), []
@@ -324,5 +376,7 @@ SYMBOLS: dict[str, tuple[Callable[[], Any], int]] = {
     "inception-v3": (inception_v3, 299),
     "mobilenet": (mobilenet_v1, 96),
     "mobilenetv2": (mobilenet_v2, 96),
+    "densenet-121": (lambda: densenet((6, 12, 24, 16), 32, 0.5), 96),
+    "squeezenet": (squeezenet, 96),
     "ssd-vgg16": (ssd_vgg16, 96),
 }

@@ -23,10 +23,12 @@ from mxnet_symbols import CLASSES, SYMBOLS  # type: ignore[import-not-found]
 
 BATCH = 5
 SIDES = {
-    **dict.fromkeys(("gluon-densenet121", "gluon-densenet169", "gluon-squeezenet1.0", "gluon-squeezenet1.1"), 224),
-    **dict.fromkeys(("gluon-vgg11", "gluon-vgg11_bn", "gluon-vgg16_bn", "gluon-vgg19"), 32),
+    **dict.fromkeys([f"gluon-densenet{depth}" for depth in (121, 161, 169, 201)], 224),
+    **dict.fromkeys(("gluon-squeezenet1.0", "gluon-squeezenet1.1"), 224),
+    **dict.fromkeys([f"gluon-vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")], 32),
     "gluon-alexnet": 96,
     "gluon-inceptionv3": 299,
+    "gluon-resnet152_v1": 128,
 }
 
 

@@ -11,7 +11,8 @@ from infermill.models.onnx import shown
 
 _Value = TypeVar("_Value")
 _TRUE, _FALSE = ("True", "true", "1"), ("False", "false", "0")
-# Python 2 wrote integers in tuples as `3L`; more digits than any length needs are an attack.
+# More elements, or more digits than any length needs, are an attack. Python 2 wrote integers in tuples as `3L`.
+_MAX_ELEMENTS = 1024
 _INTEGER = re.compile(r"([+-]?\d{1,18})L?")
 
 
@@ -41,11 +42,11 @@ class Attributes:
         return None if self._is_none(name) else self.integer(name)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
+        """A number, or infinity; never NaN."""
         return self._parsed(name, default, _number, "a number")
 
     def optional_number(self, name: str) -> float | None:
-        """A finite number, or None where the attribute is missing or `None`."""
+        """A number, or None where the attribute is missing or `None`."""
         return None if self._is_none(name) else self.number(name)
 
     def integers(self, name: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -61,7 +62,7 @@ class Attributes:
         )
 
     def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-        """A tuple of finite numbers."""
+        """A tuple of numbers."""
         return self._parsed(name, default, lambda text: _elements(text, _number), "a tuple of numbers")
 
     def choice(self, name: str, choices: Sequence[str], default: str | None = None) -> str:
@@ -90,7 +91,7 @@ class Attributes:
 
     def _unreadable(self, name: str, expected: str) -> ModelError:
         return ModelError(
-            f"{described(self._node)}: its attribute `{name}` is {self._node.attrs.get(name)!r}, and not {expected}",
+            f"{described(self._node)}: its attribute `{name}` is {shown(self._node.attrs.get(name, ''))!r}, and not {expected}",
             "the symbol file is damaged, or of an MXNet that has other attributes: export it again with MXNet 1.9.1",
         )
 
@@ -124,7 +125,7 @@ def _optional_integer(text: str) -> int | None:
 
 def _number(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
+    if math.isnan(value):
         raise ValueError(text)
     return value
 
@@ -132,5 +133,7 @@ def _number(text: str) -> float:
 def _elements(text: str, parse: Callable[[str], _Value]) -> tuple[_Value, ...]:
     if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")):
         inner = text[1:-1].strip().removesuffix(",")
+        if inner.count(",") >= _MAX_ELEMENTS:
+            raise ValueError(text)
         return tuple(parse(element.strip()) for element in inner.split(",")) if inner else ()
     return (parse(text),)

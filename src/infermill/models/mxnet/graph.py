@@ -44,12 +44,17 @@ class Tensor:
         return len(self.shape)
 
 
+class _ShapeError(Exception):
+    """ONNX cannot tell the shape of an output: its inputs have too few dimensions."""
+
+
 class Graph:
     """Nodes and weights of the ONNX graph, in the order in which they are added."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, NDArray[Any]] = {}
+        self.enumerated = 0
 
     def add(
         self, node: Node, op: str, inputs: Sequence[Tensor | None], outputs: Sequence[str], **attributes: Any
@@ -74,14 +79,15 @@ class Graph:
             inferred = shape_inference.infer_node_outputs(
                 onnx.defs.get_schema(op, OPSET), proto, types, values, opset_imports=_OPSETS
             )
-        except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+            tensors = [_tensor(name, inferred.get(name)) for name in outputs]
+        except (shape_inference.InferenceError, onnx.checker.ValidationError, _ShapeError) as error:
             shapes = ", ".join(f"`{shown(tensor.name)}` {_shown_shape(tensor)}" for tensor in used)
             raise ModelError(
                 f"{described(node)} does not fit its inputs {shapes}: {str(error).strip().splitlines()[-1]}",
                 "check that the symbol and the parameters belong together, and the input's shape",
             ) from None
         self.nodes.append(proto)
-        return [_tensor(name, inferred.get(name)) for name in outputs]
+        return tensors
 
 
 class Step:
@@ -189,10 +195,12 @@ class Step:
         """A count of numbers that are enumerated here.
 
         Raises:
-            ModelError: float32 cannot count them; no network has that many, but a damaged symbol may.
+            ModelError: float32 cannot count those of the whole graph; no network has that many, but a damaged symbol
+                may.
         """
-        if not 0 <= count <= _MAX_COUNT:
+        if not 0 <= count <= _MAX_COUNT - self._graph.enumerated:
             raise self.refused(f"it would enumerate {count} numbers")
+        self._graph.enumerated += count
         return count
 
     def lengths(self, tensor: Tensor, axes: Sequence[int]) -> list[int]:
@@ -259,7 +267,7 @@ def _type(tensor: Tensor) -> TypeProto:
 
 def _tensor(name: str, inferred: TypeProto | None) -> Tensor:
     if inferred is None or not inferred.tensor_type.HasField("shape"):
-        raise AssertionError(f"the shape of {name} cannot be inferred")
+        raise _ShapeError(f"the shape of `{shown(name)}` cannot be told")
     element = inferred.tensor_type.elem_type or TensorProto.FLOAT
     dims = tuple(
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in inferred.tensor_type.shape.dim

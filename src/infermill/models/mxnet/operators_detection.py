@@ -17,6 +17,7 @@ from infermill.models.mxnet.operators_shape import cut
 _INT64 = np.iinfo(np.int64)
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def multibox_prior(step: Step) -> Tensor:
     """src/operator/contrib/multibox_prior.cc, whose arithmetic is float32."""
     attributes = step.attributes
@@ -30,9 +31,9 @@ def multibox_prior(step: Step) -> Tensor:
     ratios = np.sqrt(np.array(given, np.float32))
     if min(steps) <= 0:
         steps = (1 / height, 1 / width)
-    # Every size with ratio 1, then the other ratios with the first size; half of each side counts.
-    half_height = np.concatenate([sizes, sizes[0] / ratios[1:]]) / 2
-    half_width = np.concatenate([sizes, sizes[0] * ratios[1:]]) * np.float32(height / width) / 2
+    # Every size with the first ratio, then the other ratios with the first size; half of each side counts.
+    half_height = np.concatenate([sizes / ratios[0], sizes[0] / ratios[1:]]) / 2
+    half_width = np.concatenate([sizes * ratios[0], sizes[0] * ratios[1:]]) * np.float32(height / width) / 2
     half = np.stack([half_width, half_height], -1)
     y = (np.arange(height, dtype=np.float32) + np.float32(offsets[0])) * np.float32(steps[0])
     x = (np.arange(width, dtype=np.float32) + np.float32(offsets[1])) * np.float32(steps[1])
@@ -80,6 +81,7 @@ def multibox_detection(step: Step) -> Tensor:
     return step.add("Concat", result, rest, axis=1)
 
 
+@np.errstate(over="ignore")
 def _decoded(step: Step, offsets: Tensor, anchors: Tensor, count: int) -> Tensor:
     """Corners, from anchors and what the network says of each: the centre's shift and the sides' logarithm."""
     variances = step.attributes.numbers("variances", (0.1, 0.1, 0.2, 0.2))
@@ -116,7 +118,7 @@ def box_nms(step: Step) -> dict[str, Tensor]:
     rows = data if data.rank == 3 else step.reshape(data, [-1, count, width])
     scores, label = _column(step, rows, score_at), _column(step, rows, max(id_at, 0))
     valid = step.add("Greater", scores, step.number(attributes.number("valid_thresh", 0.0)))
-    if id_at >= 0 and background >= 0:
+    if id_at >= 0:  # also where the background is -1, which it is unless the symbol says otherwise
         foreground = step.add("Not", step.add("Equal", label, step.number(background)))
         valid = step.add("And", valid, foreground)
     # Scores may be below any number that could stand for "invalid": they are ordered first, and validity after.
@@ -131,7 +133,12 @@ def box_nms(step: Step) -> dict[str, Tensor]:
     threshold = attributes.number("overlap_thresh", 0.5)
     if threshold < 0:
         raise step.refused(f"its overlap_thresh is {threshold}")
-    chosen = _chosen(step, _upright(step, boxes), valid, plane, min(threshold, 1.0), kept)
+    chosen = valid
+    if threshold < 1:
+        # ONNX Runtime suppresses above the threshold, as MXNet does here, and OpenVINO from it on.
+        above = float(np.nextafter(np.float32(threshold), np.float32(1)))
+        above = max(above, float(np.finfo(np.float32).tiny))
+        chosen = _chosen(step, _upright(step, boxes), valid, plane, above, kept)
     result = _where(step, *_ordered(step, rows, chosen, _falling_where(step, chosen, kept), kept))
     result = _converted(step, result, start, width)
     if kept < count:

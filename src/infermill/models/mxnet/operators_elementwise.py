@@ -77,7 +77,9 @@ def leaky_relu(step: Step) -> Tensor:
 
 def hard_sigmoid(step: Step) -> Tensor:
     alpha, beta = step.attributes.number("alpha", 0.2), step.attributes.number("beta", 0.5)
-    return step.add("HardSigmoid", step.data, alpha=alpha, beta=beta)
+    # OpenVINO takes a beta of 0 in ONNX's HardSigmoid for 0.5.
+    line = step.add("Add", step.add("Mul", step.data, step.number(alpha)), step.number(beta))
+    return step.add("Clip", line, step.number(0), step.number(1))
 
 
 def clip(step: Step) -> Tensor:

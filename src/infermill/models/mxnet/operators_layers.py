@@ -136,7 +136,8 @@ def batch_norm(step: Step) -> dict[str, Tensor]:
     outputs = {"output": step.cast(result, step.data.dtype)}
     if attributes.boolean("output_mean_var", False):
         spread = step.add("Sqrt", step.add("Add", variance, step.number(eps, variance)))
-        outputs |= {"mean": mean, "var": step.add("Reciprocal", spread)}
+        of_before = step.node.op == "BatchNorm_v1"
+        outputs |= {"mean": mean, "var": variance if of_before else step.add("Reciprocal", spread)}
     return outputs
 
 
@@ -146,15 +147,19 @@ def _statistics(step: Step, index: int, shape: tuple[int, ...]) -> Tensor:
 
 def embedding(step: Step) -> Tensor:
     rows, columns = step.attributes.integer("input_dim"), step.attributes.integer("output_dim")
-    return lookup(step, step.input(1), step.data, rows, columns)
+    step.parameter(1, (rows, columns))
+    return step.add("Gather", step.input(1), inside(step, step.data, rows))
 
 
-def lookup(step: Step, table: Tensor, indices: Tensor, rows: int, columns: int | None = None, axis: int = 0) -> Tensor:
-    """Rows of a table; indices that are outside of it are clipped, as MXNet does."""
-    if columns is not None:
-        step.parameter(1, (rows, columns))
-    indices = step.add("Clip", step.cast(indices, np.int64), step.integers(0), step.integers(rows - 1))
-    return step.add("Gather", table, indices, axis=axis)
+def inside(step: Step, indices: Tensor, length: int) -> Tensor:
+    """Indices as integers; what is outside of 0 to `length` is clipped, or counted on from the other end."""
+    mode = step.attributes.choice("mode", ("clip", "wrap", "raise"), "clip")
+    if mode == "raise":
+        raise step.refused("its mode is `raise`, and ONNX cannot stop for an index")
+    indices = step.cast(indices, np.int64)
+    if mode == "wrap":
+        return step.add("Mod", indices, step.integers(length))
+    return step.add("Clip", indices, step.integers(0), step.integers(length - 1))
 
 
 def upsampling(step: Step) -> Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from infermill.models.mxnet.graph import Step, Tensor, Translate
-from infermill.models.mxnet.operators_layers import channels
+from infermill.models.mxnet.operators_layers import channels, inside
 
 
 def softmax_output(step: Step) -> Tensor:
@@ -77,9 +77,69 @@ def argmin(step: Step) -> Tensor:
 
 
 def _extreme(step: Step, op: str) -> Tensor:
-    axis = step.axis(step.attributes.integer("axis"), step.data.rank)
-    index = step.add(op, step.data, axis=axis, keepdims=int(step.attributes.boolean("keepdims", False)))
-    return step.cast(index, np.float32)
+    axis, keep = _one_axis(step, step.attributes.optional_integer("axis")), step.attributes.boolean("keepdims", False)
+    return step.cast(step.add(op, step.data, axis=axis, keepdims=int(keep)), np.float32)
+
+
+def argmax_channel(step: Step) -> Tensor:
+    return step.cast(step.add("ArgMax", step.data, axis=1, keepdims=0), np.float32)
+
+
+def _one_axis(step: Step, axis: int | None) -> int:
+    if axis is None:
+        raise step.refused("it has no axis, and would mix the inputs of a batch")
+    return step.axis(axis, step.data.rank)
+
+
+def _last_axis(step: Step) -> int:
+    """The attribute `axis` of what goes along the last one unless it says otherwise."""
+    return _one_axis(step, step.attributes.optional_integer("axis") if "axis" in step.node.attrs else -1)
+
+
+def top_k(step: Step) -> Tensor | dict[str, Tensor]:
+    """Of equal numbers, ONNX Runtime takes the first; MXNet and OpenVINO take either."""
+    attributes, data = step.attributes, step.data
+    axis, kind = _last_axis(step), attributes.choice("ret_typ", ("value", "indices", "mask", "both"), "indices")
+    length = step.lengths(data, [axis])[0]
+    count = attributes.integer("k", 1)
+    if count > length:
+        raise step.refused(f"its k is {count}, of {length}")
+    largest = not attributes.boolean("is_ascend", False)
+    wanted = step.integers([count if count > 0 else length])
+    values, indices = step.add_many("TopK", 2, data, wanted, axis=axis, largest=int(largest))
+    if kind == "mask":
+        zeros = step.add("Mul", data, step.number(0))
+        ones = step.add("Add", step.add("Mul", values, step.number(0)), step.number(1))
+        return step.add("ScatterElements", zeros, indices, ones, axis=axis)
+    if kind == "value":
+        return {"output0": values}
+    dtype = attributes.choice("dtype", ("float16", "float32", "float64", "uint8", "int32", "int64"), "float32")
+    indices = step.cast(indices, dtype)
+    return indices if kind == "indices" else {"output0": values, "output1": indices}
+
+
+def pick(step: Step) -> Tensor:
+    data, indices, axis = step.data, step.input(1), _last_axis(step)
+    if indices.rank < data.rank:
+        indices = step.add("Unsqueeze", indices, step.integers([axis]))
+    if indices.shape != (*data.shape[:axis], 1, *data.shape[axis + 1 :]):
+        raise step.refused("its index has another shape than its data")
+    indices = inside(step, indices, step.lengths(data, [axis])[0])
+    picked = step.add("GatherElements", data, indices, axis=axis)
+    if step.attributes.boolean("keepdims", False):
+        return picked
+    return step.add("Squeeze", picked, step.integers([axis]))
+
+
+def one_hot(step: Step) -> Tensor:
+    """Indices that are outside give a row of `off_value`: ONNX's OneHot counts negative ones from the end."""
+    attributes = step.attributes
+    names = ("float16", "float32", "float64", "uint8", "int8", "int32", "int64")
+    dtype = attributes.choice("dtype", names, "float32")
+    places = step.integers(np.arange(step.countable(attributes.integer("depth"))))
+    indices = step.add("Unsqueeze", step.cast(step.data, np.int64), step.integers([-1]))
+    on, off = attributes.number("on_value", 1.0), attributes.number("off_value", 0.0)
+    return step.add("Where", step.add("Equal", indices, places), step.constant(on, dtype), step.constant(off, dtype))
 
 
 def l2_normalization(step: Step) -> Tensor:
@@ -176,6 +236,10 @@ REDUCTIONS: dict[str, Translate] = {
     "norm": norm,
     "argmax": argmax,
     "argmin": argmin,
+    "argmax_channel": argmax_channel,
+    "topk": top_k,
+    "pick": pick,
+    "one_hot": one_hot,
     "L2Normalization": l2_normalization,
     "LRN": local_response,
     "InstanceNorm": instance_norm,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from infermill.models.mxnet.graph import Step, Tensor, Translate
-from infermill.models.mxnet.operators_layers import lookup
+from infermill.models.mxnet.operators_layers import inside
 from infermill.models.onnx import Dim
 
 _INT64 = np.iinfo(np.int64)
@@ -24,12 +24,14 @@ def reshape(step: Step) -> Tensor:
         codes = tuple(code or -1 for code in attributes.integers("target_shape"))
         if attributes.boolean("keep_highest", False):
             codes = (0, *codes[1:])
+    # So that a length that is not known is found again where it is kept.
+    shape = [f"?{index}" if dim is None else dim for index, dim in enumerate(step.data.shape)]
     if backwards:
         # A split's operands stand behind its code, also when it is read from the right.
-        turned = _new_shape(step, codes[::-1], step.data.shape[::-1], backwards=True)[::-1]
+        turned = _new_shape(step, codes[::-1], shape[::-1], backwards=True)[::-1]
     else:
-        turned = _new_shape(step, codes, step.data.shape)
-    return step.reshape(step.data, _for_onnx(step, turned))
+        turned = _new_shape(step, codes, shape)
+    return step.reshape(step.data, _for_onnx(step, turned, shape))
 
 
 def _new_shape(step: Step, codes: tuple[int, ...], shape: Sequence[Dim], *, backwards: bool = False) -> list[Dim]:
@@ -72,18 +74,26 @@ def _split(step: Step, whole: Dim, left: int, right: int) -> list[Dim]:
     return [left, right]
 
 
-def _for_onnx(step: Step, dims: list[Dim]) -> list[int]:
-    """Lengths, with at most one -1: where the batch is first it is kept, else it is what is left."""
-    shape, rest = step.data.shape, range(1, step.data.rank)
+def _for_onnx(step: Step, dims: list[Dim], shape: Sequence[Dim]) -> list[int]:
+    """Lengths, with at most one -1: where the batch stays in its place it is kept, else it is what is left."""
+    rest = range(1, step.data.rank)
     result = [
-        dim if isinstance(dim, int) else 0 if index == 0 and dim is not None and dim == shape[0] else -1
+        dim if isinstance(dim, int) else 0 if dim is not None and [dim] == shape[index : index + 1] else -1
         for index, dim in enumerate(dims)
     ]
+    numbers = [dim for dim in shape[1:] if isinstance(dim, int)]
+    if result[:1] == [-1] and len(numbers) == len(rest) and math.prod(result[1:]) == math.prod(numbers):
+        result[0] = 0  # -1 before all numbers of an input: that is the batch
     if result.count(-1) > 1:
         raise step.refused(f"its new shape {result} has more than one length that varies with the batch")
     if not isinstance(shape[0], int) and -1 not in result and 0 not in result:
         raise step.refused(f"its new shape {result} fixes the length of the batch")
-    if result[:1] == [0] and -1 not in result and math.prod(result[1:]) != math.prod(step.lengths(step.data, rest)):
+    if (
+        result[:1] == [0]
+        and -1 not in result
+        and 0 not in result[1:]
+        and math.prod(result[1:]) != math.prod(step.lengths(step.data, rest))
+    ):
         raise step.refused(f"{list(shape[1:])} numbers of each input do not fit {result[1:]}")
     return result
 
@@ -109,7 +119,7 @@ def expand_dims(step: Step) -> Tensor:
 def squeeze(step: Step) -> Tensor:
     rank = step.data.rank
     if step.node.attrs.get("axis", "None") in ("None", "()"):
-        axes = [axis for axis, dim in enumerate(step.data.shape) if dim == 1]
+        axes = [axis for axis, dim in enumerate(step.data.shape) if dim == 1]  # the batch stays, also if it is one
     else:
         axes = [step.axis(axis, rank) for axis in step.attributes.integers("axis")]
     return step.add("Squeeze", step.data, step.integers(axes)) if axes else step.data
@@ -131,7 +141,8 @@ def stack(step: Step) -> Tensor:
 def slice_channel(step: Step) -> dict[str, Tensor]:
     count, axis = step.attributes.integer("num_outputs"), step.axis(step.attributes.integer("axis", 1), step.data.rank)
     length = step.lengths(step.data, [axis])[0]
-    if step.countable(count) < 1 or length % count:
+    # A name costs what many numbers do.
+    if step.countable(count * 64) < 1 or length % count:
         raise step.refused(f"{length} channels cannot be divided by {count}")
     parts = [step.data]
     if count > 1:
@@ -227,9 +238,9 @@ def repeat(step: Step) -> Tensor:
 
 
 def take(step: Step) -> Tensor:
-    step.attributes.choice("mode", ("clip",), "clip")
     axis = step.axis(step.attributes.integer("axis", 0), step.data.rank)
-    return lookup(step, step.data, step.input(1), step.lengths(step.data, [axis])[0], axis=axis)
+    indices = inside(step, step.input(1), step.lengths(step.data, [axis])[0])
+    return step.add("Gather", step.data, indices, axis=axis)
 
 
 def broadcast_axis(step: Step) -> Tensor:

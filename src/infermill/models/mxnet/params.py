@@ -33,6 +33,8 @@ _DTYPES = {
 _MAX_NDIM = 32
 # A sparse array may say that it is huge in a few bytes; rows that are left out of real ones are some of many.
 _MAX_DENSE_FACTOR, _MAX_DENSE_BYTES = 256, 64 << 20
+# No ONNX file holds more.
+_MAX_SPARSE_BYTES = 2 << 30
 _DOWNLOAD_AGAIN = "download or save it again"
 
 
@@ -103,7 +105,7 @@ class _Reader:
     def __init__(self, content: memoryview) -> None:
         self._content = content
         self._at = 0
-        self._dense_bytes_left = _MAX_DENSE_BYTES + _MAX_DENSE_FACTOR * len(content)
+        self._dense_bytes_left = min(_MAX_SPARSE_BYTES, _MAX_DENSE_BYTES + _MAX_DENSE_FACTOR * len(content))
 
     def named_arrays(self) -> dict[str, NDArray[Any] | None]:
         if len(self._content) < 8 or self._integer(8) != _FILE_MAGIC:

@@ -16,7 +16,9 @@ from infermill.errors import ModelError
 from infermill.models.onnx import shown
 
 MAX_SYMBOL_BYTES = 16 << 20
-_MAX_NODES = 200_000
+_MAX_NODES, _MAX_INPUTS = 50_000, 100_000
+# Longer ones, which many nodes may name, would fill memory.
+_MAX_NAME = 512
 _HIDDEN_KEYS = ("ctx_group", "lr_mult", "wd_mult", "force_mirroring", "mirror_stage", "profiler_scope")
 # What MXNet keeps in this form is for training; but of variables, these say what the network takes.
 _KEPT_KEYS = ("__shape__", "__dtype__")
@@ -153,6 +155,9 @@ def _parsed(data: Mapping[str, Any]) -> Symbol:
     if len(data["nodes"]) > _MAX_NODES:
         raise _GraphError(f"it has {len(data['nodes'])} nodes, and networks have fewer than {_MAX_NODES}")
     nodes = tuple(_node(number, node) for number, node in enumerate(data["nodes"]))
+    inputs = len(data["heads"]) + sum(len(node.inputs) for node in nodes)
+    if inputs > _MAX_INPUTS:
+        raise _GraphError(f"its nodes have {inputs} inputs, and those of networks fewer than {_MAX_INPUTS}")
     heads = tuple(_entry(head, len(nodes), "a head") for head in data["heads"])
     if not heads:
         raise _GraphError("it has no heads: it answers nothing")
@@ -166,6 +171,8 @@ def _node(number: int, data: Any) -> Node:
     op, name, inputs = data.get("op"), data.get("name"), data.get("inputs", [])
     if not isinstance(op, str) or not isinstance(name, str) or not isinstance(inputs, list):
         raise _GraphError(f"{where} lacks an op, a name or its inputs")
+    if max(len(op), len(name)) > _MAX_NAME:
+        raise _GraphError(f"{where} has a name of {max(len(op), len(name))} characters")
     where = f"node {number} ({name!r})"
     if data.get("subgraphs"):
         raise _GraphError(f"{where} is {op}, which runs a graph inside of this one; that is not supported")
