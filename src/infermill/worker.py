@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from infermill.decode.tensor import tensor_decoder, to_row
 from infermill.errors import BadInputError, StoreError, UsageError
 from infermill.fetch import fetcher
 from infermill.hosts import AllowList
+from infermill.limits import usable_cores
 from infermill.members import member_fetcher
 from infermill.meter import Meter
 from infermill.models.fit import tensor_shape
@@ -239,11 +239,6 @@ def _of_array(prepare: Callable[..., Row], *arguments: object) -> "Callable[[Rea
 def _threads(options: Options) -> int:
     """Threads that decode and run the network, in each worker."""
     return options.threads or max(usable_cores() // options.workers, 1)
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bounded(writes: Iterable["Future[PartitionReport]"]) -> Iterator[PartitionReport]:

@@ -49,12 +49,22 @@ class Predictor:
     runtime: RuntimeName
     device: str
     precision: str
+    reason: str = ""
+    "Why it has these streams and this length of a batch."
 
     def __call__(self, batch: Batch) -> Arrays:
         return self.run(batch)
 
 
-def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = None) -> Predictor:
+def load(
+    model: Model,
+    runtime: RuntimeName,
+    threads: int,
+    python: str | None = None,
+    *,
+    streams: int | None = None,
+    batch_size: int | None = None,
+) -> Predictor:
     """Load `model` into a runtime, and run it once.
 
     Args:
@@ -62,6 +72,9 @@ def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = 
         runtime: the library; only this one is imported.
         threads: how many cores the network may use.
         python: the one that has the library, where that is mxnet.
+        streams: how many calls at once share these cores; None is the runtime's default, about one a core. A GPU, and
+            MXNet, have their own number.
+        batch_size: rows of a batch; None is the runtime's default. A network with a fixed batch has its own.
 
     Raises:
         ModelError: the network does not fit its card, or the runtime cannot execute it.
@@ -73,7 +86,7 @@ def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = 
         >>> logits.shape  # doctest: +SKIP
         (5, 1000)
     """
-    given = (python,) if runtime == "mxnet" else ()
+    given = (batch_size, python) if runtime == "mxnet" else (batch_size, streams)
     try:
         predictor: Predictor = importlib.import_module(MODULES[runtime]).load(model, threads, *given)
     except MemoryError as error:
@@ -107,13 +120,13 @@ def check_runtime(model: Model, runtime: RuntimeName, python: str | None, *, is_
             module.find_python(python)
 
 
-def best_batch_size(graph: Executable, usual: int) -> int:
-    """The length of a batch: `usual`, or the only one that the network takes, or more where rows are small.
+def best_batch_size(graph: Executable, usual: int, told: int | None) -> int:
+    """The length of a batch: the only one that the network takes, or as told, or `usual`, or more for small rows.
 
     A call costs tens of microseconds whatever it does; for 30 numbers a row, that is ten times what they cost.
     """
     row_bytes = math.prod(graph.input_shape) * np.dtype(graph.input_dtype).itemsize
-    return graph.fixed_batch or (max(usual, SMALL_ROWS) if row_bytes < SMALL_ROW_BYTES else usual)
+    return graph.fixed_batch or told or (max(usual, SMALL_ROWS) if row_bytes < SMALL_ROW_BYTES else usual)
 
 
 def in_pieces(infer: Infer, batch_size: int, *, fixed: bool) -> Callable[[Batch], Arrays]:

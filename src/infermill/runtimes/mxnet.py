@@ -45,12 +45,13 @@ _VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_
 _PREFIXES = ("MXNET_", "OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_")
 
 
-def load(model: Model, threads: int, python: str | None = None) -> Predictor:
+def load(model: Model, threads: int, batch_size: int | None = None, python: str | None = None) -> Predictor:
     """Start MXNet with the files of the checkpoint that `model` was opened from, in fp32.
 
     Args:
         model: a model with a checkpoint.
         threads: for OpenMP.
+        batch_size: rows of a batch, at most; 8 where it is None.
         python: the Python that has mxnet; as `find_python` where it is None.
 
     Raises:
@@ -60,7 +61,7 @@ def load(model: Model, threads: int, python: str | None = None) -> Predictor:
     checkpoint = checkpoint_of(model)
     with executable(model) as graph:
         source = inspect_network(model.network).inputs[0]
-        batch_size = best_batch_size(graph, BATCH_SIZE)
+        batch_size = best_batch_size(graph, BATCH_SIZE, batch_size)
         settings = {
             "symbol": str(checkpoint.symbol),
             "params": str(checkpoint.params),

@@ -34,18 +34,18 @@ _ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-def load(model: Model, threads: int) -> Predictor:
-    """Start a session for `model` in fp32, on the GPU if there is one.
+def load(model: Model, threads: int, batch_size: int | None = None, streams: int | None = None) -> Predictor:
+    """Start a session for `model` in fp32, on the GPU if there is one; streams and batch as in `runtimes.load`.
 
     Raises:
         ModelError: the network does not fit its card, or has an operator that ONNX Runtime lacks.
     """
-    streams = min(threads, MAX_STREAMS)
+    streams = streams or min(threads, MAX_STREAMS)
     with executable(model) as graph:
         try:
             session = _session(graph.network, streams, threads)
             device = "cuda" if CUDA in session.get_providers() else "cpu"
-            batch_size = best_batch_size(graph, CUDA_BATCH_SIZE if device == "cuda" else BATCH_SIZE)
+            batch_size = best_batch_size(graph, CUDA_BATCH_SIZE if device == "cuda" else BATCH_SIZE, batch_size)
             input_name = session.get_inputs()[0].name
 
             def infer(batch: Batch) -> Arrays:

@@ -24,15 +24,15 @@ _INT32 = np.iinfo(np.int32)
 _NOISE = ("Exception from", "Check '", "FrontEnd API", "Summary:", "To facilitate", "Loading input model")
 
 
-def load(model: Model, threads: int) -> Predictor:
-    """Compile `model` for the processor, in fp32.
+def load(model: Model, threads: int, batch_size: int | None = None, streams: int | None = None) -> Predictor:
+    """Compile `model` for the processor, in fp32; streams and batch as in `runtimes.load`.
 
     Raises:
         ModelError: the network does not fit its card, or has an operator that OpenVINO lacks.
     """
-    streams = min(threads, MAX_STREAMS)
+    streams = streams or min(threads, MAX_STREAMS)
     with executable(model) as graph:
-        batch_size = best_batch_size(graph, BATCH_SIZE)
+        batch_size = best_batch_size(graph, BATCH_SIZE, batch_size)
         try:
             requests = _compile(graph.network, streams, threads)
         except RuntimeError as error:
