@@ -36,7 +36,8 @@ class Predictor:
     shorter ones are padded and the padding dropped). Longer ones are cut.
     """
 
-    run: Callable[[Batch], Arrays]
+    run: Infer
+    "A batch of at most `batch_size` rows; of as many where that is fixed."
     input_shape: tuple[int, ...]
     "That of one row of a batch: height, width and channels of an image."
     input_dtype: str
@@ -53,7 +54,7 @@ class Predictor:
     "Why it has these streams and this length of a batch."
 
     def __call__(self, batch: Batch) -> Arrays:
-        return self.run(batch)
+        return in_pieces(self.run, batch, self.batch_size, fixed=self.is_fixed)
 
 
 def load(
@@ -129,21 +130,18 @@ def best_batch_size(graph: Executable, usual: int, told: int | None) -> int:
     return graph.fixed_batch or told or (max(usual, SMALL_ROWS) if row_bytes < SMALL_ROW_BYTES else usual)
 
 
-def in_pieces(infer: Infer, batch_size: int, *, fixed: bool) -> Callable[[Batch], Arrays]:
-    """`infer` for batches of any length: longer ones are cut, and shorter ones padded where the length is `fixed`."""
+def in_pieces(infer: Infer, batch: Batch, batch_size: int, *, fixed: bool) -> Arrays:
+    """What `infer` answers to a batch of any length: longer ones are cut, shorter ones padded if it is `fixed`."""
+    batch = np.ascontiguousarray(batch)
 
-    def run(batch: Batch) -> Arrays:
-        batch = np.ascontiguousarray(batch)
-        pieces = [infer(_padded(batch[at : at + batch_size])) for at in range(0, len(batch), batch_size)]
-        if len(pieces) == 1:
-            return tuple(array[: len(batch)] for array in pieces[0])
-        return tuple(np.concatenate(arrays)[: len(batch)] for arrays in zip(*pieces, strict=True))
-
-    def _padded(piece: Batch) -> Batch:
+    def padded(piece: Batch) -> Batch:
         missing = batch_size - len(piece) if fixed else 0
         return np.pad(piece, ((0, missing), *[(0, 0)] * (piece.ndim - 1))) if missing else piece
 
-    return run
+    pieces = [infer(padded(batch[at : at + batch_size])) for at in range(0, len(batch), batch_size)]
+    if len(pieces) == 1:
+        return tuple(array[: len(batch)] for array in pieces[0])
+    return tuple(np.concatenate(arrays)[: len(batch)] for arrays in zip(*pieces, strict=True))
 
 
 def warm_up(infer: Infer, graph: Executable, model: Model) -> None:

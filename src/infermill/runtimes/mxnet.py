@@ -31,7 +31,7 @@ from infermill.models.model import Model
 from infermill.models.mxnet.checkpoint import Checkpoint
 from infermill.models.mxnet.symbol import read_symbol
 from infermill.models.onnx import TensorInfo, inspect_network
-from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, refused, warm_up
 
 BATCH_SIZE = 8
 PYTHON_VARIABLE = "INFERMILL_MXNET_PYTHON"
@@ -78,7 +78,7 @@ def load(model: Model, threads: int, batch_size: int | None = None, python: str 
         infer = _Process(model, find_python(python), threads, settings)
         warm_up(infer, graph, model)
     return Predictor(
-        run=in_pieces(infer, batch_size, fixed=False),
+        run=infer,
         input_shape=graph.input_shape,
         input_dtype=graph.input_dtype,
         output_names=graph.output_names,

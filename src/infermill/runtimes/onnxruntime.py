@@ -8,7 +8,7 @@ from typing import Any
 
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, refused, warm_up
 
 # From its import on, ONNX Runtime sends events to Microsoft, and leaves a device id in the home directory.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -58,7 +58,7 @@ def load(model: Model, threads: int, batch_size: int | None = None, streams: int
         except _ERRORS as error:
             raise refused(model, "onnxruntime", _reason(error)) from None
     return Predictor(
-        run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
+        run=infer,
         input_shape=graph.input_shape,
         input_dtype=graph.input_dtype,
         output_names=graph.output_names,

@@ -10,7 +10,7 @@ import numpy as np
 from infermill.errors import ModelError
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, refused, warm_up
 
 # With this package, `import openvino` tells Google Analytics of each import, and leaves a folder in the home directory.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def load(model: Model, threads: int, batch_size: int | None = None, streams: int
         infer = _Pool(requests, len(graph.output_names), model)
         warm_up(infer, graph, model)
     return Predictor(
-        run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
+        run=infer,
         input_shape=graph.input_shape,
         input_dtype=graph.input_dtype,
         output_names=graph.output_names,
