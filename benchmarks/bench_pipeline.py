@@ -21,10 +21,10 @@ import psutil
 import simplejpeg
 
 import infermill as im
+from infermill.limits import usable_cores
 from infermill.models.card import ModelCard, parse_card, write_card
 from infermill.models.model import open_model
 from infermill.runtimes import load
-from infermill.worker import usable_cores
 from measuring import cpu_seconds, infermill, machine, median, s3_server, table
 from photos import make_photos
 from resnet18 import resnet18

@@ -19,8 +19,8 @@ from typing import Any
 
 import infermill as im
 from infermill import CardOptions, Options, engines
+from infermill.limits import usable_cores
 from infermill.session import spark_session
-from infermill.worker import usable_cores
 
 Predict = Callable[[Path, Path], object]
 IMAGENET = CardOptions(

@@ -23,9 +23,9 @@ from pyspark.sql.types import ArrayType, FloatType, IntegerType, StructField, St
 import infermill as im
 from infermill import Options, engines
 from infermill.engines import Engine, spark
+from infermill.limits import usable_cores
 from infermill.session import spark_session
 from infermill.spark import predict
-from infermill.worker import usable_cores
 
 Predict = Callable[[Path, Path], object]
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)

@@ -65,7 +65,7 @@ def test_json_is_one_object_with_the_keys_of_the_summary(work: Path) -> None:
     assert list(summary) == [
         "planned", "ok", "failed", "failures_by_code", "example_keys", "seconds", "objects_per_second",
         "stage_seconds", "idle_seconds", "queue_depths", "verdict", "workers", "model_loads", "halved_batches",
-        "runtime", "precision", "digest", "output", "new", "changed", "unchanged", "retried", "profile",
+        "runtime", "precision", "choice", "digest", "output", "new", "changed", "unchanged", "retried", "profile",
     ]  # fmt: skip
     assert list(summary["stage_seconds"]) == ["list", "fetch", "decode", "predict", "write", "idle"]
     assert (summary["planned"], summary["ok"], summary["runtime"], summary["precision"]) == (10, 10, "openvino", "fp32")

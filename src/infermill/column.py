@@ -31,7 +31,7 @@ from infermill.shipping import ShippedModel, errors_told
 from infermill.stages import PartitionRows, Share, Stages
 from infermill.stores import locate
 from infermill.task_resources import task_cores, task_devices
-from infermill.types import ObjectRef, Options, RuntimeName, Source
+from infermill.types import ObjectRef, Options, Source
 from infermill.worker import load_predictor, network_of, stages_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def predict_column(job: ColumnJob, batches: Iterator[pa.Array]) -> Iterator[pa.A
         if first is None:
             return
         options = replace(job.options, threads=job.options.threads or task_cores(), workers=1)
-        model, predictor, tasks = _loaded(job.model, options.runtime, options.runtime_python, options.threads)
+        model, predictor, tasks = _loaded(job.model, _for_network(options))
         stages = _stages(first.type, model, options, predictor, tasks)
         with closing(run_pipeline(_shares(chain([first], batches)), stages, Meter())) as finished:
             yield from _in_order(finished, functools.partial(_column, tasks=tasks, column_type=job.column_type))
@@ -84,7 +84,7 @@ def load_batch_predict(job: ColumnJob) -> Callable[[NDArray[Any]], dict[str, NDA
     """Load the network, and return the function that `predict_batch_udf` calls with the rows of a batch."""
     with errors_told():
         options = replace(job.options, threads=job.options.threads or task_cores(), workers=1)
-        model, predictor, tasks = _loaded(job.model, options.runtime, options.runtime_python, options.threads)
+        model, predictor, tasks = _loaded(job.model, _for_network(options))
         stages = _stages(None, model, options, predictor, tasks)
         nothing, _ = tasks.finish(infer(predictor, blank(model, predictor)))
     names = _BATCH_NAMES.get(model.card.task, predictor.output_names)
@@ -114,12 +114,20 @@ def _at_most_2d(array: NDArray[Any]) -> NDArray[Any]:
 
 # Tasks of one worker process come one after the other, and it is forked before it has loaded anything.
 @functools.lru_cache(maxsize=MODELS_IN_A_PROCESS)
-def _loaded(
-    shipped: ShippedModel, runtime: RuntimeName, python: str | None, threads: int | None
-) -> tuple[Model, Predictor, TaskRows]:
+def _loaded(shipped: ShippedModel, options: Options) -> tuple[Model, Predictor, TaskRows]:
     os.environ.update(task_devices())  # which this process has for good
     model = shipped.open()
-    return model, *load_predictor(model, Options(runtime=runtime, runtime_python=python, threads=threads), Meter())
+    return model, *load_predictor(model, options, Meter())
+
+
+def _for_network(options: Options) -> Options:
+    """What counts for how a network is loaded: whatever else differs, it is the same one."""
+    return Options(
+        runtime=options.runtime,
+        runtime_python=options.runtime_python,
+        threads=options.threads,
+        batch=options.batch,
+    )
 
 
 def _stages(kind: pa.DataType | None, model: Model, options: Options, predictor: Predictor, tasks: TaskRows) -> Stages:

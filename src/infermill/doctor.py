@@ -13,9 +13,9 @@ from typing import Any
 from infermill import engines
 from infermill.errors import InfermillError
 from infermill.java import find_java
+from infermill.limits import usable_cores
 from infermill.runtimes.mxnet import find_python, installed_version
 from infermill.types import Options
-from infermill.worker import usable_cores
 
 
 @dataclass(frozen=True, slots=True)

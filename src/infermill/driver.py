@@ -59,7 +59,15 @@ class Driver:
         self.meter.todo = self.meter.objects + objects + revised.objects
         if not (ids or revised.objects):
             return
-        job = Job(record.source, self.model, self.place.uri, self.options, record.plans, profile=self.profile)
+        job = Job(
+            record.source,
+            self.model,
+            self.place.uri,
+            self.options,
+            record.plans,
+            profile=self.profile,
+            todo=(objects + revised.objects) // self.options.workers,
+        )
         if not revised.objects:
             self.place.remove([SUCCESS_FILE])
             self._run(job, ids, record.objects)
@@ -119,6 +127,7 @@ class Driver:
             halved_batches=meter.halved_batches,
             runtime=_all_of(report.runtime for report in reports),
             precision=_all_of(report.precision for report in reports),
+            choice=_choice_of(reports),
             digest=self.model.digest,
             output=self.place.uri,
             profile=f"{self.place.uri}/{self.profile}" if self.profile and meter.model_loads else None,
@@ -154,3 +163,19 @@ class Driver:
 
 def _all_of(names: Iterable[str]) -> str:
     return ", ".join(sorted({one for name in names for one in name.split(", ")}))
+
+
+def _choice_of(reports: Iterable[PartitionReport]) -> dict[str, int | str]:
+    """What most objects were predicted with, and how many other choices there were."""
+    objects: Counter[tuple[tuple[str, int | str], ...]] = Counter()
+    reasons: dict[tuple[tuple[str, int | str], ...], int | str] = {}
+    for report in reports:
+        chosen = tuple((name, value) for name, value in report.choice.items() if name != "reason")
+        objects[chosen] += report.ok + report.failed if chosen else 0
+        reasons.setdefault(chosen, report.choice.get("reason", ""))
+    objects.pop((), None)
+    if not objects:
+        return {}
+    ((chosen, _),) = objects.most_common(1)
+    others = {"others": len(objects) - 1} if len(objects) > 1 else {}
+    return {**dict(chosen), "reason": reasons[chosen], **others}

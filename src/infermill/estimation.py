@@ -17,8 +17,9 @@ from infermill.plan import cut, known_bytes, refs_of
 from infermill.runtimes import check_runtime
 from infermill.sources import list_source, rereadable
 from infermill.stages import Share
+from infermill.tuning import Work
 from infermill.types import CardOptions, ObjectRef, Options
-from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of
+from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of, waiting_rows
 
 PROBE_OBJECTS = 64
 
@@ -69,7 +70,8 @@ def estimate(
         raise empty_source(str(source))
     list_seconds = time.monotonic() - started
     meter = Meter()
-    predictor, tasks = load_predictor(resolved, options, meter)
+    work = Work(objects // options.workers, waiting_rows(resolved))
+    predictor, tasks = load_predictor(resolved, options, meter, work)  # as the job's workers will
     stages = stages_of(where, resolved, options, lambda: network_of(predictor, tasks))
     started = time.monotonic()
     for _ in run_pipeline([Share(0, sample.refs)], stages, meter):

@@ -15,13 +15,14 @@ from numpy.typing import ArrayLike, NDArray
 from infermill.decode.image import image_decoder, prepare, prepare_array
 from infermill.decode.tensor import tensor_decoder, to_row
 from infermill.errors import BadInputError
+from infermill.limits import usable_cores
 from infermill.meter import Meter
 from infermill.models.card import ModelCard, Preprocess
 from infermill.models.model import open_model
 from infermill.predictions import infer, needs_sizes
 from infermill.runtimes import Predictor
 from infermill.types import CardOptions, Failure, Options
-from infermill.worker import load_predictor, usable_cores
+from infermill.worker import load_predictor
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | PIL.Image.Image | ArrayLike
 Predict: TypeAlias = Callable[[Sequence[Input]], "list[Prediction]"]

@@ -62,6 +62,7 @@ def summary_text(summary: Summary) -> str:
         lines += ["", Text(f"thread-seconds: {' · '.join(stages)}", style="dim")]
         if summary.verdict:
             lines.append(Text(summary.verdict, style="dim"))
+        lines += [Text(_choice(summary.choice), style="dim")] if summary.choice else []
     if summary.profile is not None:
         lines.append(Text(f"traces for https://ui.perfetto.dev: {_visible(summary.profile)}"))
     lines += ["", Text(_visible(summary.output))]
@@ -76,6 +77,13 @@ def _failures(codes: Mapping[str, int], examples: Mapping[str, str]) -> Table:
     for code, count in codes.items():
         table.add_row(Text(code, style="red"), f"{count:,}", Text(_visible(examples.get(code, ""))))
     return table
+
+
+def _choice(choice: Mapping[str, int | str]) -> str:
+    counted = ((choice["batch"], "batches of {}"), (choice["streams"], "{} at once"), (choice["threads"], "{} threads"))
+    told = ", ".join(text.format(number) for number, text in counted)
+    others = f"; and {choice['others']} other choices" if "others" in choice else ""
+    return f"{told} ({choice['reason']}){others}"
 
 
 def status_text(status: "JobStatus") -> str:

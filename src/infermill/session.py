@@ -18,8 +18,8 @@ from pyspark.sql import SparkSession
 
 from infermill.errors import InfermillError, UsageError
 from infermill.java import Java, find_java
+from infermill.limits import usable_cores
 from infermill.types import Options
-from infermill.worker import usable_cores
 
 CONNECT_PORT = 15_002
 _CONNECT_SECONDS = 10.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pyspark import TaskContext
 from pyspark.resource import ResourceInformation
 
-from infermill.worker import usable_cores
+from infermill.limits import usable_cores
 
 
 def task_cores() -> int:

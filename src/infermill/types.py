@@ -102,6 +102,8 @@ class Options(StoreOptions):
     "`exact`: pixel for pixel what Pillow gives. `fast`: DCT scaling and a SIMD resizer."
     threads: int | None = None
     "Threads that decode and run the network, in each worker. (default: one a core)"
+    batch: int | None = None
+    "Rows of a batch. (default: probed where the job is long enough)"
     workers: int = 1
     "Worker processes, each with the network loaded and its share of the cores."
     item_timeout: float = 300.0
@@ -221,6 +223,8 @@ class PartitionReport:
     precision: str
     failures_by_code: Mapping[str, int] = field(default_factory=dict)
     example_keys: Mapping[str, str] = field(default_factory=dict)
+    choice: Mapping[str, int | str] = field(default_factory=dict)
+    "Streams, batch and threads of the worker, and the reason; empty where infermill did not yet say so."
 
     @property
     def failed(self) -> int:
@@ -258,6 +262,8 @@ class Summary:
     "How often a batch was cut in two because memory ran out."
     runtime: str
     precision: str
+    choice: Mapping[str, int | str]
+    "Streams, rows of a batch and threads of a worker, and the reason; `others`: so many workers' choices differ."
     digest: str
     output: str
     new: int | None = None

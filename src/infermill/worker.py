@@ -19,6 +19,7 @@ from infermill.decode.tensor import tensor_decoder, to_row
 from infermill.errors import BadInputError, StoreError, UsageError
 from infermill.fetch import fetcher
 from infermill.hosts import AllowList
+from infermill.limits import usable_cores
 from infermill.members import member_fetcher
 from infermill.meter import Meter
 from infermill.models.fit import tensor_shape
@@ -29,12 +30,13 @@ from infermill.parts import rows_table
 from infermill.patience import has_answered
 from infermill.pipeline import run_pipeline
 from infermill.plan import PlanInfo, Revision, partition_reader
-from infermill.predictions import TaskRows, infer, needs_sizes, rows_for
-from infermill.runtimes import MODULES, Predictor, load
+from infermill.predictions import TaskRows, infer, needs_sizes
+from infermill.runtimes import MODULES, Predictor
 from infermill.sources import IMAGE_SUFFIXES, TENSOR_SUFFIXES
 from infermill.sources.cifar import name_of
 from infermill.sources.shards import label_type
 from infermill.stages import Network, PartitionRows, Share, Stages, Watch, unwatched
+from infermill.tuning import Work, load_tuned
 from infermill.types import Assignment, DecodeProfile, ObjectRef, Options, PartitionReport, Source
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ REMOTE_FETCH_THREADS = 32
 WRITE_THREADS = 2
 # What one core decodes while the other one loads the network.
 DECODED_BYTES = 64 << 20
+NO_WORK = Work()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class Job:
     "The file of the rows that are predicted again."
     profile: str | None = None
     "The folder in the output for what the threads of each worker did and when."
+    todo: int = 0
+    "The objects of this run, for each of its workers; 0: not known."
 
     @property
     def notes(self) -> dict[str, str]:
@@ -76,13 +81,13 @@ class LoadedNetwork:
         self._key: tuple[object, ...] | None = None
         self._loaded: tuple[Predictor, TaskRows] | None = None
 
-    def get(self, model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
+    def get(self, model: Model, options: Options, meter: Meter, work: Work = NO_WORK) -> tuple[Predictor, TaskRows]:
         """A model's predictor and its task, loaded where it is not the one that is there."""
-        key = (model.digest, options.runtime, options.runtime_python, _threads(options))
+        key = (model.digest, options.runtime, options.runtime_python, options.batch, _threads(options))
         with self._lock:
             if self._loaded is None or self._key != key:
                 self._loaded = None  # before the next one takes as much memory
-                self._loaded, self._key = load_predictor(model, options, meter), key
+                self._loaded, self._key = load_predictor(model, options, meter, work), key
             return self._loaded
 
 
@@ -114,13 +119,22 @@ def run_partitions(
     network = network or LoadedNetwork()
     label = label_type(job.source)
 
+    still = threading.Event()
+    still.set()
+    work = Work(job.todo, waiting_rows(job.model), still)
+
     def loaded() -> tuple[Predictor, TaskRows]:
-        return network.get(job.model, job.options, meter)
+        return network.get(job.model, job.options, meter, work)
+
+    def shares() -> Iterator[Share]:
+        for number, verdicts in assignments:
+            yield Share(number, refs(number), verdicts)
+            still.wait()  # a probe has the cores to itself
 
     def write(rows: PartitionRows) -> PartitionReport:
         predictor, tasks = loaded()
         started = time.perf_counter()
-        report = _report(rows, predictor)
+        report = _report(rows, predictor, _threads(job.options))
         table = rows_table(rows.refs, tasks.columns(rows.kept, rows.predicted()), rows.failures, label)
         if rows.partition in revision:
             report = output.revise_part(rows.partition, revision.rows(rows.partition), table, report, job.notes)
@@ -130,8 +144,7 @@ def run_partitions(
         return report
 
     stages = stages_of(job.source, job.model, job.options, lambda: network_of(*loaded()), watch)
-    shares = (Share(number, refs(number), verdicts) for number, verdicts in assignments)
-    finished = run_pipeline(shares, stages, meter)
+    finished = run_pipeline(shares(), stages, meter)
     # Left in this order: after an error, the pipeline stops before the last writes are waited for.
     with ThreadPoolExecutor(WRITE_THREADS, "write") as pool, closing(finished):
         try:
@@ -175,17 +188,17 @@ def suffixes_of(model: Model) -> tuple[str, ...]:
     return TENSOR_SUFFIXES if model.card.preprocess is None else IMAGE_SUFFIXES
 
 
-def load_predictor(model: Model, options: Options, meter: Meter) -> tuple[Predictor, TaskRows]:
-    """Load the network."""
+def load_predictor(model: Model, options: Options, meter: Meter, work: Work = NO_WORK) -> tuple[Predictor, TaskRows]:
+    """Load the network, with streams and a batch that suit the work and the machine."""
     check_options(options)
-    predictor = load(model, options.runtime, _threads(options), options.runtime_python)
+    loaded = load_tuned(model, options, _threads(options), work)
     meter.loaded()
-    return predictor, rows_for(model, predictor)
+    return loaded
 
 
 def check_options(options: Options) -> None:
     """Raise UsageError where a number cannot be right."""
-    for name in ("limit", "workers", "threads", "max_pixels", "partition_objects", "partition_bytes"):
+    for name in ("limit", "workers", "threads", "batch", "max_pixels", "partition_objects", "partition_bytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
@@ -214,27 +227,37 @@ def stages_of(
     source: Source, model: Model, options: Options, load: Callable[[], Network], watch: Watch = unwatched
 ) -> Stages:
     """The functions and thread counts of this worker's pipeline."""
-    preprocess, dtype = model.card.preprocess, model.card.input.dtype
+    preprocess = model.card.preprocess
     holds_pixels = name_of(source.shards) is not None
     if preprocess is None:
-        shape = tensor_shape(inspect_network(model.network).inputs[0])
-        decode, row_bytes = tensor_decoder(shape, dtype), math.prod(shape) * np.dtype(dtype).itemsize
+        shape, dtype = tensor_shape(inspect_network(model.network).inputs[0]), model.card.input.dtype
+        decode = tensor_decoder(shape, dtype)
         if holds_pixels:
             decode = _of_array(to_row, shape, dtype)
     else:
         decode = image_decoder(preprocess, options.decode, options.max_pixels, sized=needs_sizes(model))
         if holds_pixels:
             decode = _of_array(functools.partial(prepare_array, sized=needs_sizes(model)), preprocess, options.decode)
-        row_bytes = math.prod(preprocess.height_width or (1, 1)) * 3
     return Stages(
         fetch=member_fetcher(source, options) if source.shards else fetcher(source, options),
         decode=decode,
         load=load,
         fetch_threads=FETCH_THREADS if source.is_local else REMOTE_FETCH_THREADS,
         compute_threads=_threads(options),
-        decoded_images=max(DECODED_BYTES // row_bytes, 1),
+        decoded_images=waiting_rows(model),
         watch=watch,
     )
+
+
+def waiting_rows(model: Model) -> int:
+    """How many decoded rows may wait for the network."""
+    preprocess = model.card.preprocess
+    if preprocess is None:
+        shape = tensor_shape(inspect_network(model.network).inputs[0])
+        row_bytes = math.prod(shape) * np.dtype(model.card.input.dtype).itemsize
+    else:
+        row_bytes = math.prod(preprocess.height_width or (1, 1)) * 3
+    return max(DECODED_BYTES // row_bytes, 1)
 
 
 def _of_array(prepare: Callable[..., Row], *arguments: object) -> "Callable[[ReadableBuffer], Row]":
@@ -245,11 +268,6 @@ def _of_array(prepare: Callable[..., Row], *arguments: object) -> "Callable[[Rea
 def _threads(options: Options) -> int:
     """Threads that decode and run the network, in each worker."""
     return options.threads or max(usable_cores() // options.workers, 1)
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bounded(writes: Iterable["Future[PartitionReport]"]) -> Iterator[PartitionReport]:
@@ -263,11 +281,14 @@ def _bounded(writes: Iterable["Future[PartitionReport]"]) -> Iterator[PartitionR
         yield write.result()
 
 
-def _report(rows: PartitionRows, predictor: Predictor) -> PartitionReport:
+def _report(rows: PartitionRows, predictor: Predictor, threads: int) -> PartitionReport:
     codes: dict[str, int] = {}
     examples: dict[str, str] = {}
     for row, failure in sorted(rows.failures.items()):
         codes[failure.code] = codes.get(failure.code, 0) + 1
         examples.setdefault(failure.code, rows.refs[row].key)
     ok = len(rows.refs) - len(rows.failures)
-    return PartitionReport(rows.partition, ok, predictor.runtime, predictor.precision, codes, examples)
+    choice: dict[str, int | str] = {
+        "streams": predictor.streams, "batch": predictor.batch_size, "threads": threads, "reason": predictor.reason
+    }  # fmt: skip
+    return PartitionReport(rows.partition, ok, predictor.runtime, predictor.precision, codes, examples, choice)

@@ -102,9 +102,9 @@ def _run(
     session: SparkSession, partitions_per_task: int | None, job: Job, ids: Sequence[int], meter: Meter
 ) -> Iterator[PartitionReport]:
     _check(job.options)
-    job = replace(job, options=job.options.for_workers())
     meter.activity = "waiting for executors"
     shape = _shape(session)
+    job = replace(job, options=job.options.for_workers(), todo=job.todo // shape.slots)
     per_task = partitions_per_task or min(-(-len(ids) // (TASKS_PER_SLOT * shape.slots)), PARTITIONS_PER_TASK)
     shares = [tuple(ids[at : at + per_task]) for at in range(0, len(ids), per_task)]
     model = shipping.ship_model(session, job.model, job.options)

@@ -36,7 +36,8 @@ class Predictor:
     shorter ones are padded and the padding dropped). Longer ones are cut.
     """
 
-    run: Callable[[Batch], Arrays]
+    run: Infer
+    "A batch of at most `batch_size` rows; of as many where that is fixed."
     input_shape: tuple[int, ...]
     "That of one row of a batch: height, width and channels of an image."
     input_dtype: str
@@ -50,12 +51,22 @@ class Predictor:
     device: str
     precision: str
     "What its layers are computed in: fp32, fp16, bf16, int8, or int8+bf16: what is not int8 of such a network is bf16."
+    reason: str = ""
+    "Why it has these streams and this length of a batch."
 
     def __call__(self, batch: Batch) -> Arrays:
-        return self.run(batch)
+        return in_pieces(self.run, batch, self.batch_size, fixed=self.is_fixed)
 
 
-def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = None) -> Predictor:
+def load(
+    model: Model,
+    runtime: RuntimeName,
+    threads: int,
+    python: str | None = None,
+    *,
+    streams: int | None = None,
+    batch_size: int | None = None,
+) -> Predictor:
     """Load `model` into a runtime, and run it once.
 
     Args:
@@ -63,6 +74,9 @@ def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = 
         runtime: the library; only this one is imported.
         threads: how many cores the network may use.
         python: the one that has the library, where that is mxnet.
+        streams: how many calls at once share these cores; None is the runtime's default, about one a core. A GPU, and
+            MXNet, have their own number.
+        batch_size: rows of a batch; None is the runtime's default. A network with a fixed batch has its own.
 
     Raises:
         ModelError: the network does not fit its card, or the runtime cannot execute it.
@@ -74,7 +88,7 @@ def load(model: Model, runtime: RuntimeName, threads: int, python: str | None = 
         >>> logits.shape  # doctest: +SKIP
         (5, 1000)
     """
-    given = (python,) if runtime == "mxnet" else ()
+    given = (batch_size, python) if runtime == "mxnet" else (batch_size, streams)
     try:
         predictor: Predictor = importlib.import_module(MODULES[runtime]).load(model, threads, *given)
     except MemoryError as error:
@@ -110,30 +124,27 @@ def check_runtime(model: Model, runtime: RuntimeName, python: str | None, *, is_
             module.find_python(python)
 
 
-def best_batch_size(graph: Executable, usual: int) -> int:
-    """The length of a batch: `usual`, or the only one that the network takes, or more where rows are small.
+def best_batch_size(graph: Executable, usual: int, told: int | None) -> int:
+    """The length of a batch: the only one that the network takes, or as told, or `usual`, or more for small rows.
 
     A call costs tens of microseconds whatever it does; for 30 numbers a row, that is ten times what they cost.
     """
     row_bytes = math.prod(graph.input_shape) * np.dtype(graph.input_dtype).itemsize
-    return graph.fixed_batch or (max(usual, SMALL_ROWS) if row_bytes < SMALL_ROW_BYTES else usual)
+    return graph.fixed_batch or told or (max(usual, SMALL_ROWS) if row_bytes < SMALL_ROW_BYTES else usual)
 
 
-def in_pieces(infer: Infer, batch_size: int, *, fixed: bool) -> Callable[[Batch], Arrays]:
-    """`infer` for batches of any length: longer ones are cut, and shorter ones padded where the length is `fixed`."""
+def in_pieces(infer: Infer, batch: Batch, batch_size: int, *, fixed: bool) -> Arrays:
+    """What `infer` answers to a batch of any length: longer ones are cut, shorter ones padded if it is `fixed`."""
+    batch = np.ascontiguousarray(batch)
 
-    def run(batch: Batch) -> Arrays:
-        batch = np.ascontiguousarray(batch)
-        pieces = [infer(_padded(batch[at : at + batch_size])) for at in range(0, len(batch), batch_size)]
-        if len(pieces) == 1:
-            return tuple(array[: len(batch)] for array in pieces[0])
-        return tuple(np.concatenate(arrays)[: len(batch)] for arrays in zip(*pieces, strict=True))
-
-    def _padded(piece: Batch) -> Batch:
+    def padded(piece: Batch) -> Batch:
         missing = batch_size - len(piece) if fixed else 0
         return np.pad(piece, ((0, missing), *[(0, 0)] * (piece.ndim - 1))) if missing else piece
 
-    return run
+    pieces = [infer(padded(batch[at : at + batch_size])) for at in range(0, len(batch), batch_size)]
+    if len(pieces) == 1:
+        return tuple(array[: len(batch)] for array in pieces[0])
+    return tuple(np.concatenate(arrays)[: len(batch)] for arrays in zip(*pieces, strict=True))
 
 
 def warm_up(infer: Infer, graph: Executable, model: Model) -> None:

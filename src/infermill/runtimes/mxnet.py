@@ -31,7 +31,7 @@ from infermill.models.model import Model
 from infermill.models.mxnet.checkpoint import Checkpoint
 from infermill.models.mxnet.symbol import read_symbol
 from infermill.models.onnx import TensorInfo, inspect_network
-from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, refused, warm_up
 from infermill.types import Precision
 
 BATCH_SIZE = 8
@@ -46,12 +46,13 @@ _VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_
 _PREFIXES = ("MXNET_", "OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_")
 
 
-def load(model: Model, threads: int, python: str | None = None) -> Predictor:
+def load(model: Model, threads: int, batch_size: int | None = None, python: str | None = None) -> Predictor:
     """Start MXNet with the files of the checkpoint that `model` was opened from, in fp32.
 
     Args:
         model: a model with a checkpoint.
         threads: for OpenMP.
+        batch_size: rows of a batch, at most; 8 where it is None.
         python: the Python that has mxnet; as `find_python` where it is None.
 
     Raises:
@@ -62,7 +63,7 @@ def load(model: Model, threads: int, python: str | None = None) -> Predictor:
     check_precision(model.card.precision, is_here=True)
     with executable(model) as graph:
         source = inspect_network(model.network).inputs[0]
-        batch_size = best_batch_size(graph, BATCH_SIZE)
+        batch_size = best_batch_size(graph, BATCH_SIZE, batch_size)
         settings = {
             "symbol": str(checkpoint.symbol),
             "params": str(checkpoint.params),
@@ -79,7 +80,7 @@ def load(model: Model, threads: int, python: str | None = None) -> Predictor:
         infer = _Process(model, find_python(python), threads, settings)
         warm_up(infer, graph, model)
     return Predictor(
-        run=in_pieces(infer, batch_size, fixed=False),
+        run=infer,
         input_shape=graph.input_shape,
         input_dtype=graph.input_dtype,
         output_names=graph.output_names,

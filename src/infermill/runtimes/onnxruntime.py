@@ -9,7 +9,7 @@ from typing import Any
 from infermill.errors import UsageError
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, refused, warm_up
 from infermill.types import Precision
 
 # From its import on, ONNX Runtime sends events to Microsoft, and leaves a device id in the home directory.
@@ -36,20 +36,20 @@ _ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-def load(model: Model, threads: int) -> Predictor:
-    """Start a session for `model`, on the GPU if there is one.
+def load(model: Model, threads: int, batch_size: int | None = None, streams: int | None = None) -> Predictor:
+    """Start a session for `model`, on the GPU if there is one; streams and batch as in `runtimes.load`.
 
     Raises:
         ModelError: the network does not fit its card, or has an operator that ONNX Runtime lacks.
         UsageError: the precision of its card is not fp32.
     """
     check_precision(model.card.precision, is_here=True)
-    streams = min(threads, MAX_STREAMS)
+    streams = streams or min(threads, MAX_STREAMS)
     with executable(model) as graph:
         try:
             session = _session(graph.network, streams, threads)
             device = "cuda" if CUDA in session.get_providers() else "cpu"
-            batch_size = best_batch_size(graph, CUDA_BATCH_SIZE if device == "cuda" else BATCH_SIZE)
+            batch_size = best_batch_size(graph, CUDA_BATCH_SIZE if device == "cuda" else BATCH_SIZE, batch_size)
             input_name = session.get_inputs()[0].name
 
             def infer(batch: Batch) -> Arrays:
@@ -62,7 +62,7 @@ def load(model: Model, threads: int) -> Predictor:
         except _ERRORS as error:
             raise refused(model, "onnxruntime", _reason(error)) from None
     return Predictor(
-        run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
+        run=infer,
         input_shape=graph.input_shape,
         input_dtype=graph.input_dtype,
         output_names=graph.output_names,

@@ -10,7 +10,7 @@ import numpy as np
 from infermill.errors import ModelError, UsageError
 from infermill.models.executable import executable
 from infermill.models.model import Model
-from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, in_pieces, refused, warm_up
+from infermill.runtimes import Arrays, Batch, Predictor, best_batch_size, failed, refused, warm_up
 from infermill.types import Precision
 
 # With this package, `import openvino` tells Google Analytics of each import, and leaves a folder in the home directory.
@@ -28,17 +28,17 @@ _INT32 = np.iinfo(np.int32)
 _NOISE = ("Exception from", "Check '", "FrontEnd API", "Summary:", "To facilitate", "Loading input model")
 
 
-def load(model: Model, threads: int) -> Predictor:
-    """Compile `model` for the processor, in the precision of its card.
+def load(model: Model, threads: int, batch_size: int | None = None, streams: int | None = None) -> Predictor:
+    """Compile `model` for the processor, in the precision of its card; streams and batch as in `runtimes.load`.
 
     Raises:
         ModelError: the network does not fit its card, or has an operator that OpenVINO lacks.
         UsageError: the processor does not have the precision.
     """
     check_precision(model.card.precision, is_here=True)
-    streams = min(threads, MAX_STREAMS)
+    streams = streams or min(threads, MAX_STREAMS)
     with executable(model) as graph:
-        batch_size = best_batch_size(graph, BATCH_SIZE)
+        batch_size = best_batch_size(graph, BATCH_SIZE, batch_size)
         try:
             requests = _compile(graph.network, model.card.precision, streams, threads)
         except RuntimeError as error:
@@ -46,7 +46,7 @@ def load(model: Model, threads: int) -> Predictor:
         infer = _Pool(requests, len(graph.output_names), model)
         warm_up(infer, graph, model)
     return Predictor(
-        run=in_pieces(infer, batch_size, fixed=graph.fixed_batch is not None),
+        run=infer,
         input_shape=graph.input_shape,
         input_dtype=graph.input_dtype,
         output_names=graph.output_names,
