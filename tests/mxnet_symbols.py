@@ -265,7 +265,7 @@ def mobilenet_v2() -> Any:
 
 
 def densenet(layers: tuple[int, ...], growth: int, reduction: float) -> Any:
-    """densenet.py, as MXNet users wrote it for ImageNet: pre-activated bottlenecks, each joined to what it was given."""
+    """Pre-activated bottlenecks, each joined to what it was given."""
     body = _conv(mx.sym.Variable("data"), 2 * growth, 7, "conv0", 2, 3, no_bias=True)
     body = _relu(_norm(body, "bn0"), "relu0")
     body = mx.sym.Pooling(body, kernel=(3, 3), stride=(2, 2), pad=(1, 1), pool_type="max", name="pool0")
@@ -293,13 +293,8 @@ def squeezenet() -> Any:
 
     def fire(data: Any, squeezed: int, expanded: int, name: str) -> Any:
         inner = _relu(_conv(data, squeezed, 1, f"{name}_squeeze1x1"), f"{name}_relu_squeeze1x1")
-        ways = [
-            _relu(
-                _conv(inner, expanded, kernel, f"{name}_expand{kernel}x{kernel}", 1, kernel // 2),
-                f"{name}_relu{kernel}",
-            )
-            for kernel in (1, 3)
-        ]
+        ways = [_conv(inner, expanded, side, f"{name}_expand{side}x{side}", 1, side // 2) for side in (1, 3)]
+        ways = [_relu(way, f"{name}_relu_{number}") for number, way in enumerate(ways)]
         return mx.sym.Concat(*ways, name=f"{name}_concat")
 
     def pool(data: Any, name: str) -> Any:

@@ -138,6 +138,14 @@ def test_what_is_no_checkpoint_is_told(content: bytes, message: str, tmp_path: P
     assert caught.value.hint
 
 
+def test_a_sparse_array_is_never_made_larger_than_a_network(tmp_path: Path) -> None:
+    values = np.zeros((3000, 1000), np.float32)  # 12 MB, for which 3 GB would be in proportion
+    path = tmp_path / "x.params"
+    path.write_bytes(params_bytes({"arg:a": row_sparse_bytes(values, range(3000), [700_000, 1000])}))
+    with pytest.raises(ModelError, match="would be 2800000000 bytes"):
+        read_params(path)
+
+
 def test_gluons_parameters_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "x.params").write_bytes(params_bytes({"0.weight": ONE}))
     with pytest.raises(ModelError) as caught:

@@ -90,8 +90,9 @@ class Attributes:
         return default
 
     def _unreadable(self, name: str, expected: str) -> ModelError:
+        text = repr(self._node.attrs.get(name))[:100]
         return ModelError(
-            f"{described(self._node)}: its attribute `{name}` is {shown(self._node.attrs.get(name, ''))!r}, and not {expected}",
+            f"{described(self._node)}: its attribute `{name}` is {text}, and not {expected}",
             "the symbol file is damaged, or of an MXNet that has other attributes: export it again with MXNet 1.9.1",
         )
 

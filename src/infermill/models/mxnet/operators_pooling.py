@@ -142,7 +142,8 @@ def _shares(step: Step, length: int, count: int) -> NDArray[np.float64]:
     step.countable(length * count)
     number, pixel = np.arange(count)[:, None], np.arange(length)
     inside = (pixel >= number * length // count) & (pixel < -(-(number + 1) * length // count))
-    return inside / inside.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = inside / inside.sum(axis=1, keepdims=True)
+    return shares
 
 
 def bilinear_resize(step: Step) -> Tensor:
