@@ -354,15 +354,13 @@ def _worst(
 ) -> tuple[WorstObject, ...]:
     places = {row: place for place, row in enumerate(found.index.tolist())}
 
-    def named(best: int) -> str:
-        return labels[best] if labels is not None else str(best)
-
-    worst = []
-    for row in evidence.worst:
+    def worst(row: int) -> WorstObject:
         delta, best = float(found.delta[places[row]]), found.best[places[row]].tolist()
-        names = [named(one) for one in best] or [None, None]
-        worst.append(WorstObject(seen[row].key, *names, None if np.isnan(delta) else delta))
-    return tuple(worst)
+        names = [labels[one] if labels is not None else str(one) for one in best]
+        before, after = names or (None, None)
+        return WorstObject(seen[row].key, before, after, None if np.isnan(delta) else delta)
+
+    return tuple(worst(row) for row in evidence.worst)
 
 
 def _record(result: Quantization) -> CardEvidence:

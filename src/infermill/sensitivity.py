@@ -3,8 +3,8 @@
     every group of nodes alone in int8 ─► the harm that it does ─► the worst 1, 2, 4, … groups in float ─► enough?
     on a few inputs                       sorted                   on all inputs of the selection
 
-Doubling ends where the target is met, or at half of the multiplications, beyond which int8 is not worth its name; halving
-then finds how few will do. That is at most 32 small trials and about 10 large ones, however many nodes there are.
+Doubling ends where the target is met, or where half of the multiplications would be in float; halving then finds how
+few will do. That is at most 32 small trials and about 10 large ones, however many nodes there are.
 """
 
 import math

@@ -58,8 +58,8 @@ _FAILURES = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, N
 class Quantized:
     """A network in float, with its BatchNorms folded, and all of it in int8.
 
-    `nodes` can be kept in float, in topological order; `macs` are multiplications and additions of each node that
-    computes, for one input, and empty where the shapes cannot be told.
+    `nodes` can be kept in float, in topological order; what only reshapes values for them then goes with them. `macs`
+    are the multiplications of each node that computes, for one input, and empty where shapes cannot be told.
     """
 
     floating: onnx.ModelProto
@@ -71,7 +71,7 @@ class Quantized:
         """The network in int8, with these nodes in float."""
         model = onnx.ModelProto()
         model.CopyFrom(self.int8)
-        wanted = set(kept)
+        wanted = self._with_passing(set(kept))
         inputs = {node.name: node.input for node in self.floating.graph.node if node.name in wanted}
         for node in model.graph.node:
             if node.name in inputs:
@@ -82,6 +82,18 @@ class Quantized:
         )
         _prune(model.graph)
         return model
+
+    def _with_passing(self, kept: set[str]) -> set[str]:
+        """These nodes, and those that pass values on to them alone."""
+        in_int8 = set(self.nodes) - kept
+        needed: set[str] = set()
+        for node in reversed(self.floating.graph.node):
+            is_passing = node.op_type in PASSING and needed.intersection(node.output)
+            if node.name in in_int8 or is_passing:
+                needed.update(node.input)
+            elif node.op_type in PASSING:
+                kept = kept | {node.name}
+        return kept
 
     def int8_share(self, kept: Iterable[str]) -> float | None:
         """The part of all multiplications that is in int8 when these nodes are in float; None where it is not known."""
@@ -148,9 +160,11 @@ def quantize_network(model: Model, rows: Iterable[NDArray[np.generic]]) -> Quant
         >>> quantized.int8_share(())  # doctest: +SKIP
         1.0
     """
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    failures = (*_FAILURES, ort_errors.Fail, ort_errors.InvalidGraph, ort_errors.NotImplemented)
     with tempfile.TemporaryDirectory(prefix="infermill-") as folder:
         folded, written = Path(folder, "folded.onnx"), Path(folder, "int8.onnx")
         try:
@@ -166,14 +180,15 @@ def quantize_network(model: Model, rows: Iterable[NDArray[np.generic]]) -> Quant
                 extra_options=_OPTIONS,
             )  # fmt: skip
             int8 = read_network(written)
-        except _FAILURES as error:
+        except failures as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(
                 f"onnxruntime cannot quantize {model.card.files.network}: {reason}",
                 "export it for inference, and again",
             ) from None
     _rename_biases(floating.graph, int8.graph)
-    return Quantized(floating, int8, tuple(nodes), _macs(floating, model))
+    passing = {node.name for node in floating.graph.node if node.op_type in PASSING}
+    return Quantized(floating, int8, tuple(name for name in nodes if name not in passing), _macs(floating, model))
 
 
 def _rename_biases(floating: onnx.GraphProto, int8: onnx.GraphProto) -> None:
@@ -272,15 +287,18 @@ def _macs(floating: onnx.ModelProto, model: Model) -> dict[str, int]:
     height_width = model.card.height_width or (0, 0)
     is_last = model.card.input.layout == "NHWC"
     sizes = (1, *height_width, 0) if is_last else (1, 0, *height_width)
+    batch = 1
     for value in _sources(sized.graph):
-        for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=False):
+        dims = value.type.tensor_type.shape.dim
+        for dim, size in zip(dims, sizes, strict=False):
             dim.dim_value = dim.dim_value or size
+        batch = dims[0].dim_value if dims else 1
     del sized.graph.value_info[:]
     graph = inferred(sized).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.output, *graph.input):
         shapes[value.name] = tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-    macs = {node.name: _macs_of(node, shapes) for node in graph.node if node.op_type in COMPUTING}
+    macs = {node.name: _macs_of(node, shapes) // batch for node in graph.node if node.op_type in COMPUTING}
     return macs if all(macs.values()) else {}
 
 

@@ -1,0 +1,85 @@
+"""Which nodes stay in float: the fewest of those that harm most, in a bounded number of tries."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infermill.evidence import Evidence
+from infermill.sensitivity import LEAST_INT8, MAX_GROUPS, Nodes, choose_nodes
+
+
+@dataclass
+class Network:
+    """Nodes with the harm of each, which adds up; all cost the same."""
+
+    harms: list[float]
+    large: list[Nodes] = field(default_factory=list)
+    small: int = 0
+
+    @property
+    def nodes(self) -> Nodes:
+        return tuple(f"node{number}" for number in range(len(self.harms)))
+
+    def measure(self, kept: Nodes, few: bool) -> Evidence:
+        harm = sum(harm for name, harm in zip(self.nodes, self.harms, strict=True) if name not in kept)
+        if few:
+            self.small += 1
+        else:
+            self.large.append(kept)
+        agreement = max(1.0 - harm, 0.0)
+        return Evidence("cosine", 100, agreement, None, harm, harm, 0, None, ())
+
+    def share(self, kept: Nodes) -> float:
+        return 1 - len(kept) / len(self.harms)
+
+
+def test_where_int8_suffices_nothing_else_is_tried() -> None:
+    network = Network([0.001] * 9)
+    found = choose_nodes(network.nodes, network.measure, network.share, 0.99)
+    assert (found.kept, found.tries) == ((), 1)
+    assert found.reached == pytest.approx(0.991)
+
+
+def test_the_node_that_harms_is_kept() -> None:
+    network = Network([0.001] * 5 + [0.3] + [0.001] * 4)
+    found = choose_nodes(network.nodes, network.measure, network.share, 0.99)
+    assert found.kept == ("node5",)
+    assert found.reached == pytest.approx(0.991)
+
+
+@given(st.lists(st.floats(0, 0.02), min_size=2, max_size=30), st.floats(0.8, 1.0))
+def test_as_few_as_the_target_needs(harms: list[float], target: float) -> None:
+    network = Network(harms)
+    found = choose_nodes(network.nodes, network.measure, network.share, target)
+    assert network.share(found.kept) >= LEAST_INT8
+    assert found.tries == len(network.large) + network.small
+    ordered = sorted(harms, reverse=True)
+    reachable = [count for count in range(len(harms) // 2 + 1) if 1 - sum(ordered[count:]) >= target + 1e-9]
+    if reachable:
+        assert found.reached >= target
+        assert len(found.kept) <= reachable[0]
+    if found.reached < target:
+        best = max(network.measure(kept, few=False).agreement for kept in list(network.large))
+        assert found.reached == best, "or the best of what was tried"
+
+
+def test_tries_are_bounded_for_large_networks() -> None:
+    network = Network([0.01 / (number + 1) for number in range(1000)])
+    found = choose_nodes(network.nodes, network.measure, network.share, 0.9999)
+    assert network.small <= MAX_GROUPS
+    assert len(network.large) <= 10
+    assert found.kept
+
+
+def test_a_node_with_most_of_the_work_is_not_kept() -> None:
+    network = Network([0.1, 0.2])
+    found = choose_nodes(network.nodes, network.measure, lambda kept: 0.1 if "node1" in kept else 0.9, 0.99)
+    assert found.kept == ("node0",)
+    assert found.reached == pytest.approx(0.8)
+
+
+def test_a_network_of_one_node_is_what_it_is() -> None:
+    network = Network([0.5])
+    assert choose_nodes(network.nodes, network.measure, network.share, 0.99).kept == ()
