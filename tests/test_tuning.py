@@ -189,8 +189,8 @@ def test_a_fixed_batch_leaves_only_streams(tmp_path: Path) -> None:
 
 def test_networks_of_other_tasks_are_probed(tmp_path: Path) -> None:
     path = tiny_detector(tmp_path / "ssd.onnx", "mxnet-ssd")
-    fields: dict[str, Any] = {"name": "ssd", "files": {"onnx": path.name}, "preprocess": {"resize": {"exact": [64, 64]}},
-              "task": "detection", "output": {"format": "mxnet-ssd"}}  # fmt: skip
+    fields: dict[str, Any] = {"name": "ssd", "files": {"onnx": path.name}, "task": "detection"}
+    fields |= {"preprocess": {"resize": {"exact": [64, 64]}}, "output": {"format": "mxnet-ssd"}}
     detector, _ = load_tuned(Model(parse_card(fields, "test"), path, None, "sha256:8"), Options(), 2, LONG)
     path = tiny_tabular(tmp_path / "rows.onnx")
     fields = {"name": "rows", "files": {"onnx": path.name}, "preprocess": None}
