@@ -22,6 +22,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(UV) run --no-sync python benchmarks/bench_pipeline.py
 	$(UV) run --no-sync python benchmarks/bench_plan.py
+	$(UV) run --no-sync python benchmarks/bench_tuning.py
 	$(UV) run --no-sync python benchmarks/bench_protocol.py
 	$(UV) run --no-sync python benchmarks/bench_spark.py
 	$(MAKE) --no-print-directory mxnet-env

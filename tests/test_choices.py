@@ -23,7 +23,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def choices(**other: Any) -> Choices:
-    return Choices(**{"digest": "sha256:1", "runtime": "openvino", "threads": 2, "workers": 1} | other)
+    case: dict[str, Any] = {"digest": "sha256:1", "runtime": "openvino", "threads": 2, "workers": 1}
+    return Choices(**case | other)
 
 
 def test_a_choice_is_kept_for_its_case_alone(cache: Path) -> None:

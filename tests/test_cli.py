@@ -69,6 +69,17 @@ def test_json_is_one_object_with_the_keys_of_the_summary(work: Path) -> None:
     ]  # fmt: skip
     assert list(summary["stage_seconds"]) == ["list", "fetch", "decode", "predict", "write", "idle"]
     assert (summary["planned"], summary["ok"], summary["runtime"], summary["precision"]) == (10, 10, "openvino", "fp32")
+    assert list(summary["choice"]) == ["streams", "batch", "threads", "reason"]
+
+
+def test_batch_and_threads_are_as_told(work: Path) -> None:
+    flags = ["--batch", "3", "--threads", "1"]
+    done = infermill("run", "photos", "-m", "model.yaml", "-o", "out", *flags, cwd=work)
+    assert "batches of 3, 1 at once, 1 thread (as told (--batch))" in done.stdout
+    success = json.loads((work / "out" / "_SUCCESS").read_bytes())
+    assert success["choice"] == {"streams": 1, "batch": 3, "threads": 1, "reason": "as told (--batch)"}
+    done = infermill("run", "photos", "-m", "model.yaml", "-o", "other", "--batch", "0", cwd=work)
+    assert_problem(done, 2, "--batch 0 is less than 1")
 
 
 def test_both_runtimes_and_a_bare_network_with_flags(work: Path) -> None:

@@ -197,6 +197,14 @@ def test_the_second_writer_of_a_part_adopts_the_first_ones(output: Output) -> No
     assert table["top"][0][0]["label"].as_py() == "cat"
 
 
+def test_a_part_from_before_choices_were_told_is_read(output: Output) -> None:
+    report = {"partition": 0, "ok": 2, "runtime": "openvino", "precision": "fp32"}
+    notes = {f"infermill.{note}": value for note, value in NOTES.items()}
+    output.create(part_name(0), parquet(notes | {"infermill.report": json.dumps(report)}))
+    (found,) = output.reports(NOTES).values()
+    assert (found.ok, found.choice) == (2, {})
+
+
 def test_sixteen_twins_write_one_part_and_report_the_same(output: Output) -> None:
     start = threading.Barrier(16)
 

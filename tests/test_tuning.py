@@ -4,6 +4,7 @@ import itertools
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_a_long_job_probes_once_and_later_ones_know(tmp_path: Path, runtime: Run
     assert (again.streams, again.batch_size) == (probed.streams, probed.batch_size)
     assert again.reason.startswith("cached probe of 20")
     (expected,), (found,) = default(pictures(100)), again(pictures(100))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=1e-5)
     other, _ = load_tuned(model, options, 1, Work())
     assert other.reason == NO_JOB
 
@@ -188,8 +189,8 @@ def test_a_fixed_batch_leaves_only_streams(tmp_path: Path) -> None:
 
 def test_networks_of_other_tasks_are_probed(tmp_path: Path) -> None:
     path = tiny_detector(tmp_path / "ssd.onnx", "mxnet-ssd")
-    fields = {"name": "ssd", "files": {"onnx": path.name}, "preprocess": {"resize": {"exact": [64, 64]}},
-              "task": "detection", "output": {"format": "mxnet-ssd"}}  # fmt: skip
+    fields: dict[str, Any] = {"name": "ssd", "files": {"onnx": path.name}, "task": "detection"}
+    fields |= {"preprocess": {"resize": {"exact": [64, 64]}}, "output": {"format": "mxnet-ssd"}}
     detector, _ = load_tuned(Model(parse_card(fields, "test"), path, None, "sha256:8"), Options(), 2, LONG)
     path = tiny_tabular(tmp_path / "rows.onnx")
     fields = {"name": "rows", "files": {"onnx": path.name}, "preprocess": None}

@@ -100,4 +100,5 @@ def revised_report(whole: pa.Table, previous: PartitionReport, added: PartitionR
         precision=", ".join(sorted({*previous.precision.split(", "), *added.precision.split(", ")})),
         failures_by_code=dict(Counter(row["error"]["code"] for row in failed)),
         example_keys=examples,
+        choice=previous.choice or added.choice,  # of most of its rows
     )

@@ -80,8 +80,8 @@ def _failures(codes: Mapping[str, int], examples: Mapping[str, str]) -> Table:
 
 
 def _choice(choice: Mapping[str, int | str]) -> str:
-    counted = ((choice["batch"], "batches of {}"), (choice["streams"], "{} at once"), (choice["threads"], "{} threads"))
-    told = ", ".join(text.format(number) for number, text in counted)
+    threads = f"{choice['threads']} thread{'' if choice['threads'] == 1 else 's'}"
+    told = f"batches of {choice['batch']}, {choice['streams']} at once, {threads}"
     others = f"; and {choice['others']} other choices" if "others" in choice else ""
     return f"{told} ({choice['reason']}){others}"
 
