@@ -282,6 +282,13 @@ def test_wrong_usage(
         quantize(model, photos, tmp_path / output, **({"options": QUIET} | arguments))
 
 
+def test_a_model_in_a_lower_precision_is_not_what_int8_is_compared_with(
+    tmp_path: Path, model: Path, photos: Path
+) -> None:
+    with pytest.raises(UsageError, match="int8 is compared with fp32"):
+        quantize(model, photos, tmp_path / "int8.yaml", QUIET, CardOptions(precision="bf16"))
+
+
 def test_too_few_objects(tmp_path: Path, model: Path, photos: Path) -> None:
     with pytest.raises(SourceError, match="has 28 objects to measure with, and it takes 50"):
         quantize(model, photos, tmp_path / "x.yaml", replace(QUIET, limit=43))

@@ -154,6 +154,11 @@ def quantize(
     opened = open_model(model, options, card_options)
     check_measurable(opened.card)
     check_quantizable(opened)
+    if opened.card.precision != "fp32":
+        hint = "leave --precision out, or quantize a card without `precision`; the new card may be run with it"
+        raise UsageError(
+            f"int8 is compared with fp32, and this model is to be computed in {opened.card.precision}", hint
+        )
     tell_assumptions(opened)
     known = {} if truth is None else _truth(truth, options)
     predictor = _load(opened, options)
