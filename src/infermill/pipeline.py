@@ -24,7 +24,7 @@ import numpy as np
 from infermill.errors import BadInputError
 from infermill.leases import ByteBudget, Fetched, Pace, Packing
 from infermill.meter import Meter
-from infermill.stages import Image, Network, PartitionRows, Share, Stages
+from infermill.stages import BATCHES_IN_A_ROW, Image, Network, PartitionRows, Share, Stages
 from infermill.types import Failure, ObjectRef, Stage
 
 Made = TypeVar("Made")
@@ -33,8 +33,6 @@ MAX_FETCHED = 64
 "Objects that wait to be decoded; more where there are many fetch threads."
 # Partitions that are read and not yet taken by the caller: a slow caller, or one slow object, slows the rest down.
 OPEN_PARTITIONS = 16
-# Decoding and the network displace each other from the caches of a core: so each goes on for a while.
-BATCHES_IN_A_ROW = 4
 # At the end, what is left is shared: no thread has a whole batch to do while the others have none.
 LAST_BATCH_SIZE = 2
 _POLL_SECONDS = 0.1

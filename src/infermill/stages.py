@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Image = NDArray[Any]
 "What is decoded: an image, or a tensor where the network takes those."
 Arrays = tuple[NDArray[np.generic], ...]
+BATCHES_IN_A_ROW = 4
+"Decoding and the network displace each other from the caches of a core: so each goes on for so many batches."
 
 
 class Share(NamedTuple):

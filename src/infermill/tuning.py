@@ -24,6 +24,7 @@ from infermill.limits import free_memory
 from infermill.models.model import Model
 from infermill.predictions import TaskRows, blank, infer, rows_for
 from infermill.runtimes import Predictor, load
+from infermill.stages import BATCHES_IN_A_ROW
 from infermill.types import Options
 
 PROBE_SECONDS = 2.0
@@ -46,8 +47,6 @@ MEMORY_SHARE = 0.25
 "Of the free memory, for the batches of a probe."
 QUICK_CALL_SECONDS = 0.02
 TIMED_CALLS, TIMING_SECONDS = 4, 0.1
-BATCHES_WAITING = 4
-"So many are decoded before a core turns to the network (see `pipeline`)."
 AS_TOLD = "as told (--batch)"
 FIXED = "fixed batch of the network"
 SHORT = "default: the job is short"
@@ -136,7 +135,7 @@ def _worth_trying(
         threads if is_on_cores else 0,
         row_seconds,
         load_seconds,
-        most_rows=0 if predictor.is_fixed else work.waiting_rows // (BATCHES_WAITING if is_on_cores else 1),
+        most_rows=0 if predictor.is_fixed else work.waiting_rows // (BATCHES_IN_A_ROW if is_on_cores else 1),
     )
     too_slow = TOO_SLOW.format(seconds=row_seconds * predictor.batch_size)
     return tried or (predictor.reason if predictor.is_fixed else too_slow)
