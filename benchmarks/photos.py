@@ -1,4 +1,4 @@
-"""JPEG photos for the benchmarks: crops of scikit-image's real photos, resized to 500x375."""
+"""Images for the benchmarks: crops of scikit-image's real photos, as JPEG of 500x375, and as PNG of 32x32."""
 
 import io
 from pathlib import Path
@@ -38,3 +38,15 @@ def _write_photos(folder: Path, count: int, size: tuple[int, int], seed: int) ->
         buffer = io.BytesIO()
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
         (folder / f"photo-{number:05d}.jpg").write_bytes(buffer.getvalue())
+
+
+def make_records(folder: Path, count: int, seed: int = 0) -> None:
+    """Write `count` different PNG of 32x32, as CIFAR's images unpacked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    originals = [np.asarray(Image.open(Path(skimage.data.data_dir) / name).convert("RGB").reduce(4)) for name in NAMES]
+    for number in range(count):
+        original = originals[number % len(originals)]
+        top, left = (int(random.integers(0, length - 32 + 1)) for length in original.shape[:2])
+        noisy = original[top : top + 32, left : left + 32] + random.integers(-6, 7, (32, 32, 1), np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"record-{number:05d}.png")

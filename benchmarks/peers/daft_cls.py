@@ -37,7 +37,10 @@ class Classifier:
 
     def _top(self, pixels):
         (logits,) = self.session.run(None, {self.name: pixels})
-        return [{"index": index, "score": score} for index, score in zip(*(one.tolist() for one in top5(logits)))]
+        return [
+            {"index": index, "score": score}
+            for index, score in zip(*(one.tolist() for one in top5(logits)), strict=True)
+        ]
 
     @daft.method.batch(return_dtype=TOP, batch_size=BATCH)
     def of_images(self, images: Series) -> list:

@@ -1,4 +1,4 @@
-"""What the peers share: bytes to the network's input, as the reference does it, and its output to the best five classes.
+"""What the peers share: bytes to the network's input, as the reference does it, and its output to five classes.
 
 Every peer that prepares its images in Python takes this, so that they differ in what moves the data, and not in how
 well somebody wrote NumPy. The arithmetic is one multiplication and one subtraction a pixel, in place.
@@ -29,7 +29,7 @@ def paths(photos: str) -> list[str]:
 
 
 def crop(image: Any, side: int) -> Any:
-    """An RGB image of `side` pixels: 256 on the shorter side by Pillow's antialiased bilinear, the centre 224; 32 as is."""
+    """An RGB image: its shorter side 256 by Pillow's antialiased bilinear, and the centre 224 of it; one of 32 stays."""
     if side == 32:
         return image
     factor = 256 / min(image.size)

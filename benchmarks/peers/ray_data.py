@@ -14,7 +14,7 @@
     ray_data.py PHOTOS NETWORK OUT SIDE WAY
 
 https://docs.ray.io/en/latest/data/working-with-images.html and …/batch_inference.html. WAY:
-    actor   the guide's: images are read and prepared by tasks, an actor class holds the network, ONNX Runtime as it comes
+    actor   the guide's: `read_images`, a function that prepares, an actor with the network, ONNX Runtime as it comes
     actors  the whole of it in as many actors as cores, each with a thread of ONNX Runtime
 """
 

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.8,<3.12"
+# requires-python = ">=3.10,<3.12"
 # dependencies = [
 #     "mxnet==1.9.1",
 #     "pyspark==4.3.0",
@@ -48,7 +48,7 @@ def predict_partition(keys, prefix, side, batch_size):
         module.forward(mx.io.DataBatch([images]), is_train=False)
         scores = mx.nd.softmax(module.get_outputs()[0]).asnumpy()[: len(batch)]
         top = np.argsort(-scores, axis=1)[:, :5]
-        for key, row, best in zip(batch, scores, top):
+        for key, row, best in zip(batch, scores, top, strict=True):
             yield key, best.tolist(), row[best].tolist()
 
 

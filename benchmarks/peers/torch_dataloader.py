@@ -16,7 +16,6 @@ https://docs.pytorch.org/docs/stable/data.html. The weights are those of the net
     one      one worker process, the network in channels-last
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,26 +74,27 @@ def resnet(weights):
     names = sorted({name.rsplit("_", 2)[0] for name in weights if name.startswith("stage")})
     layers += [Block(weights, name, 2 if name.endswith("_a") and "stage1" not in name else 1) for name in names]
     last = nn.Linear(*weights["fc_weight"].shape)
-    last.load_state_dict({"weight": torch.from_numpy(weights["fc_weight"].T), "bias": torch.from_numpy(weights["fc_bias"])})
+    last.load_state_dict(
+        {"weight": torch.from_numpy(weights["fc_weight"].T), "bias": torch.from_numpy(weights["fc_bias"])}
+    )
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
 
 
 def main():
     photos, network, out, side, way = arguments()
     model = resnet(dict(np.load(Path(network).with_suffix(".npz")))).eval()
-    if way == "one":
-        model = model.to(memory_format=torch.channels_last)
+    loader = DataLoader(Photos(photos, side), batch_size=BATCH, num_workers=2 if way == "workers" else 1)
+    layout = torch.channels_last if way == "one" else torch.contiguous_format
+    model = model.to(memory_format=layout)
     rows = []
     with torch.inference_mode():
-        for keys, images in DataLoader(Photos(photos, side), batch_size=BATCH, num_workers=2 if way == "workers" else 1):
-            if way == "one":
-                images = images.to(memory_format=torch.channels_last)
-            index, score = top5(model(images).numpy())
-            rows += zip(keys, index.tolist(), score.tolist())
+        for keys, images in loader:
+            index, score = top5(model(images.to(memory_format=layout)).numpy())
+            rows += zip(keys, index.tolist(), score.tolist(), strict=True)
     Path(out).mkdir(parents=True)
-    columns = [pa.array(values) for values in zip(*rows)]
+    columns = [pa.array(values) for values in zip(*rows, strict=True)]
     pq.write_table(pa.table(columns, ["path", "index", "score"]), f"{out}/part.parquet")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
