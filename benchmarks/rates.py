@@ -29,21 +29,27 @@ class Series:
     out: Path | None = None
 
     def measure(self, made: Material, twelve: Path | str, many: Path | str, count: int) -> None:
-        """One round; a way that fails is not tried again."""
+        """One round; a way that fails twice is not tried again."""
         if self.failed:
             return
         try:
-            start = self.way.run(twelve, made.out("twelve"))
-            self.out = made.out(f"{self.way.name.replace('/', ' ')[:80]}")
-            whole = self.way.run(many, self.out)
-        except ChildError as error:
-            self.failed = str(error)
-            return
+            self._round(made, twelve, many, count)
+        except ChildError:
+            try:
+                self._round(made, twelve, many, count)
+            except ChildError as error:
+                self.failed = str(error).replace(f"{made.work}/", "")
+
+    def _round(self, made: Material, twelve: Path | str, many: Path | str, count: int) -> None:
+        start = self.way.run(twelve, made.out("twelve"))
+        self.out = made.out(self.way.name.replace("/", " ")[:80])
+        whole = self.way.run(many, self.out)
         self.starts.append(start.seconds)
         self.wholes.append(whole.seconds)
-        # The machine is shared: a start that took longer than everything says that this round measured nothing.
-        self.rates.append((count - TWELVE) / max(whole.seconds - start.seconds, 1e-3))
         self.peaks_mb.append(whole.peak_mb)
+        between = whole.seconds - start.seconds
+        # A start that took as long as everything, as on a machine that does something else, says nothing.
+        self.rates.append((count - TWELVE) / between if between > 0 else count / whole.seconds)
 
 
 def best_of_each(measured: Sequence[Series], groups: int | None = None) -> list[Series]:

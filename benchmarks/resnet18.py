@@ -82,16 +82,12 @@ def resnet18(path: Path, seed: int = 0) -> Path:
 
 
 def save_classifier(net: Builder, pooled: str, sizes: tuple[int, int], side: int, path: Path) -> Path:
-    """Write the network that ends in `pooled`, with a last layer of (features, classes) for pictures of `side` pixels.
-
-    The weights alone are beside it as `.npz`, for peers that do not read ONNX.
-    """
+    """Write the network that ends in `pooled`, with a last layer of (features, classes), for pictures of a `side`."""
     inside, classes = sizes
     mean, std = _feature_statistics(_model(net, pooled, inside), net.random, side)
     weight = net.random.normal(0.0, 4.0 / np.sqrt(inside), sizes) / std[:, None]
     net.node("Gemm", "logits", pooled, net.weight("fc_weight", weight), net.weight("fc_bias", -mean @ weight))
     onnx.save(_model(net, "logits", classes), path)
-    np.savez(path.with_suffix(".npz"), **{one.name: numpy_helper.to_array(one) for one in net.weights})
     return path
 
 

@@ -20,8 +20,8 @@ PEERS = {
         "Daft",
         {
             "native": "its own resizing, ONNX Runtime as it comes",
-            "single": "its own resizing, an instance a core",
-            "pillow": "Pillow's resizing",
+            "processes": "its own resizing, a process a core",
+            "pillow": "Pillow's resizing, a process a core",
         },
     ),
     "beam_run_inference": (

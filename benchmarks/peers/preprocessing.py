@@ -29,7 +29,7 @@ def paths(photos: str) -> list[str]:
 
 
 def crop(image: Any, side: int) -> Any:
-    """An RGB image: its shorter side 256 by Pillow's antialiased bilinear, and the centre 224 of it; one of 32 stays."""
+    """An RGB image: its shorter side 256 by Pillow's antialiased bilinear, of it the centre 224; one of 32 stays."""
     if side == 32:
         return image
     factor = 256 / min(image.size)
