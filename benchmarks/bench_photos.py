@@ -5,28 +5,15 @@ network, in the same precision, were all there is, and neither ever waited. Deco
 not in the limit. Everything is measured in turn in each round, and ratios are those within a round.
 """
 
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import cycle, islice
-from pathlib import Path
 
-import numpy as np
-import simplejpeg
-
-import infermill as im
-from infermill.models.model import open_model
-from infermill.runtimes import Predictor, load
+from alone import decode_rate, network_rate
 from infermill.worker import usable_cores
 from material import Material, add_precisions, agreement, reference
 from measuring import median, spread, table
-from rates import Series, best_of_each, failures, times
+from rates import Series, best_of_each, failures, ranked, times
 from ways import job, peer_ways, versions
 
-DECODE_SECONDS = 4.0
-NETWORK_SECONDS = 4.0
 PROFILES = ("exact", "fast")
 
 
@@ -53,14 +40,15 @@ def measure(made: Material) -> str:
     }
     ways, lacking = peer_ways(made.work / "resnet18.onnx", 224, made.peers)
     theirs = running = [Series(way) for way in ways]
-    for _ in range(made.rounds):
+    for number in range(made.rounds):
         decodes.append(decode_rate(made.work / "photos"))
         for precision, card in made.cards.items():
             found = limits[precision]
             found.networks.append(network_rate(card))
             for profile in PROFILES:
                 series = ours[precision, profile]
-                series.measure(made, made.work / "twelve", made.work / "photos", made.photos)
+                start = ours[precision, "exact"].starts[-1] if profile == "fast" else None
+                series.measure(made, made.work / "twelve", made.work / "photos", made.photos, start)
                 if series.failed:
                     raise SystemExit(f"{series.way.name}: {series.failed}")
                 # Between two measurements of the network alone: the speed of a shared machine drifts.
@@ -70,8 +58,8 @@ def measure(made: Material) -> str:
         for series in running:
             series.measure(made, made.work / "twelve", made.work / "few", made.few)
             print(f"    {series.way.name}: {series.failed or f'{series.rates[-1]:.1f} images/s'}", flush=True)
-        running = best_of_each(theirs)
-    return "\n\n".join((_limit_table(made, limits, decodes), _peer_table(made, ours, theirs, running, lacking)))
+        running = best_of_each(theirs) if number == 0 else running
+    return "\n\n".join((_limit_table(made, limits, decodes), _peer_table(made, ours, theirs, ranked(running), lacking)))
 
 
 def _limit_table(made: Material, limits: dict[str, Limits], decodes: list[float]) -> str:
@@ -116,46 +104,3 @@ def _peer_table(
         f"give them, of {made.few}.\n\n"
         f"{table([*header, 'same top-1'], rows)}\n\n" + "\n".join(notes) + "\n\nPeers, pinned: " + "; ".join(versions())
     )
-
-
-@cache
-def _predictor(card: Path) -> Predictor:
-    return load(open_model(str(card), im.Options()), "openvino", usable_cores())
-
-
-def network_rate(card: Path, seconds: float = NETWORK_SECONDS) -> float:
-    """Images per second of the network alone, on all cores, as a job runs it."""
-    predictor = _predictor(card)
-    batch = np.random.default_rng(0).integers(0, 256, (predictor.batch_size, *predictor.input_shape), np.uint8)
-    predictor(batch)
-    counts = [0] * predictor.streams
-    end = time.perf_counter() + seconds
-
-    def loop(stream: int) -> None:
-        while time.perf_counter() < end:
-            predictor(batch)
-            counts[stream] += len(batch)
-
-    started = time.perf_counter()
-    _in_threads(loop, predictor.streams)
-    return sum(counts) / (time.perf_counter() - started)
-
-
-def _in_threads(loop: Callable[[int], None], count: int) -> None:
-    threads = [threading.Thread(target=loop, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def decode_rate(photos: Path) -> float:
-    """JPEG to RGB, images per second of one core."""
-    contents = [path.read_bytes() for path in islice(sorted(photos.iterdir()), 200)]
-    started = time.perf_counter()
-    for count, content in enumerate(cycle(contents)):
-        seconds = time.perf_counter() - started
-        if seconds > DECODE_SECONDS:
-            return count / seconds
-        simplejpeg.decode_jpeg(content)
-    raise AssertionError

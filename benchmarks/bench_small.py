@@ -6,13 +6,13 @@ And what an image costs in jobs of 1,000, 10,000 and 50,000, with the memory of 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_photos import network_rate
+from alone import network_rate
 from material import TWELVE, Material, add_records, agreement, reference
 from measuring import median, spread, table
-from rates import Series, best_of_each, failures, times
+from rates import Series, best_of_each, failures, ranked, times
 from ways import job, peer_ways
 
-FINALISTS = 3
+FINALISTS = 2
 "So many peers are measured in every round; the others in the first."
 
 
@@ -45,13 +45,15 @@ def measure(made: Material) -> str:
     theirs = running = [Series(way) for way in ways]
     costs = {size: Costs() for size in sorted({made.records // 50, made.records // 5, made.records})}
     ours = Ours()
+    chosen: list[Series] = []
     for _ in range(made.rounds):
         _measure_ours(made, card, ours, costs)
         for series in running:
             series.measure(made, made.work / "twelve-records", made.work / "few-records", made.few_records)
             print(f"    {series.way.name}: {series.failed or f'{series.rates[-1]:.1f} images/s'}", flush=True)
-        running = best_of_each(theirs, FINALISTS)
-    return f"{_peer_table(made, ours, theirs, lacking)}\n\n{_cost_table(made, costs)}"
+        chosen = chosen or best_of_each(theirs)
+        running = chosen[:FINALISTS]
+    return f"{_peer_table(made, ours, theirs, ranked(chosen), lacking)}\n\n{_cost_table(made, costs)}"
 
 
 def _measure_ours(made: Material, card: Path, ours: Ours, costs: dict[int, Costs]) -> None:
@@ -70,9 +72,8 @@ def _measure_ours(made: Material, card: Path, ours: Ours, costs: dict[int, Costs
     ours.whole_shares.append(size / whole.seconds / alone)
 
 
-def _peer_table(made: Material, ours: Ours, theirs: list[Series], lacking: dict[str, str]) -> str:
+def _peer_table(made: Material, ours: Ours, theirs: list[Series], chosen: list[Series], lacking: dict[str, str]) -> str:
     best = reference(made.work / "few-records", made.work / "resnet20.onnx", 32)
-    chosen = best_of_each(theirs)
     against = chosen[0].rates if chosen else []
     ratio = times(ours.rates, against) if against else ""
     same = f"{agreement(made.work / 'out' / 'records', best):.1%}"

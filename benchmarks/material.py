@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from onnx import numpy_helper
 
+from alone import network_rate
 from infermill.models.card import parse_card, write_card
 from measuring import ChildError, infermill
 from peers.preprocessing import prepare
@@ -60,9 +61,11 @@ def material(quick: bool, peers: Sequence[str]) -> Iterator[Material]:
     """Make the folder of a run: networks, photos, and nothing that only one benchmark wants."""
     with tempfile.TemporaryDirectory(prefix="infermill-bench-") as scratch:
         work = Path(scratch)
-        counts = (1, 60, 24, 500, 100) if quick else (3, 2000, 240, 50_000, 3000)
+        pace = network_rate(make_card(work, 224))
+        # As many for the peers as take the network alone five seconds, so that a slow machine is done in time, too.
+        few = min(max(round(5 * pace, -1), 100), 400)
+        counts = (1, 60, 24, 500, 100) if quick else (3, 2000, int(few), 50_000, 3000)
         made = Material(work, *counts, tuple(peers))
-        make_card(work, 224)
         make_photos(work / "photos", made.photos)
         subset(work / "photos", work / "few", made.few)
         subset(work / "photos", work / "twelve", TWELVE)

@@ -28,39 +28,43 @@ class Series:
     failed: str = ""
     out: Path | None = None
 
-    def measure(self, made: Material, twelve: Path | str, many: Path | str, count: int) -> None:
-        """One round; a way that fails twice is not tried again."""
+    def measure(
+        self, made: Material, twelve: Path | str, many: Path | str, count: int, start: float | None = None
+    ) -> None:
+        """One round; a way that fails twice is not tried again. `start` is that of 12 where it is known already."""
         if self.failed:
             return
         try:
-            self._round(made, twelve, many, count)
+            self._round(made, twelve, many, count, start)
         except ChildError:
             try:
-                self._round(made, twelve, many, count)
+                self._round(made, twelve, many, count, start)
             except ChildError as error:
                 self.failed = str(error).replace(f"{made.work}/", "")
 
-    def _round(self, made: Material, twelve: Path | str, many: Path | str, count: int) -> None:
-        start = self.way.run(twelve, made.out("twelve"))
+    def _round(self, made: Material, twelve: Path | str, many: Path | str, count: int, start: float | None) -> None:
+        start = start or self.way.run(twelve, made.out("twelve")).seconds
         self.out = made.out(self.way.name.replace("/", " ")[:80])
         whole = self.way.run(many, self.out)
-        self.starts.append(start.seconds)
+        self.starts.append(start)
         self.wholes.append(whole.seconds)
         self.peaks_mb.append(whole.peak_mb)
-        between = whole.seconds - start.seconds
+        between = whole.seconds - start
         # A start that took as long as everything, as on a machine that does something else, says nothing.
         self.rates.append((count - TWELVE) / between if between > 0 else count / whole.seconds)
 
 
-def best_of_each(measured: Sequence[Series], groups: int | None = None) -> list[Series]:
-    """Of each peer the way with the best rate; of the best so many peers, or of all."""
-    chosen: dict[str, Series] = {}
-    for series in measured:
-        if not series.failed and (
-            series.way.group not in chosen or median(series.rates) > median(chosen[series.way.group].rates)
-        ):
-            chosen[series.way.group] = series
-    return sorted(chosen.values(), key=lambda series: -median(series.rates))[:groups]
+def best_of_each(measured: Sequence[Series]) -> list[Series]:
+    """Of each peer the way with the best rate, the fastest peer first."""
+    best: dict[str, Series] = {}
+    for series in ranked(measured):
+        best.setdefault(series.way.group, series)
+    return [*best.values()]
+
+
+def ranked(measured: Sequence[Series]) -> list[Series]:
+    """Those that could be measured, the fastest first."""
+    return sorted((series for series in measured if not series.failed), key=lambda series: -median(series.rates))
 
 
 def times(ours: Sequence[float], theirs: Sequence[float]) -> str:
