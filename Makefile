@@ -4,7 +4,7 @@ UV := .make/uv/bin/uv
 export UV_PYTHON := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo test check bench format mxnet-env
+.PHONY: demo test check bench bench-more bench-peers format mxnet-env
 
 demo: $(UV)
 	@$(UV) sync --quiet --locked --inexact --no-default-groups --extra demo
@@ -19,14 +19,17 @@ check: .venv/installed
 	$(UV) run --no-sync ruff check
 	$(UV) run --no-sync mypy
 
-bench: .venv/installed
-	$(UV) run --no-sync python benchmarks/bench_pipeline.py
-	$(UV) run --no-sync python benchmarks/bench_plan.py
+# Less than 30 minutes on two cores; installing the peers, once, into .make/peers, comes before it.
+bench: .venv/installed bench-peers
+	$(UV) run --no-sync python benchmarks/bench.py photos small
+
+bench-more: .venv/installed bench-peers
+	$(UV) run --no-sync python benchmarks/bench.py elsewhere protocol plan
 	$(UV) run --no-sync python benchmarks/bench_tuning.py
-	$(UV) run --no-sync python benchmarks/bench_protocol.py
-	$(UV) run --no-sync python benchmarks/bench_spark.py
-	$(MAKE) --no-print-directory mxnet-env
-	$(UV) run --no-sync python benchmarks/bench_mxnet.py .make/mxnet/bin/python
+	$(UV) run --no-sync python benchmarks/quantize_lite0.py
+
+bench-peers: .venv/installed
+	@$(UV) run --no-sync python benchmarks/environments.py
 
 format: .venv/installed
 	$(UV) run --no-sync ruff format

@@ -1,19 +1,12 @@
-"""Planning a million local keys, and how soon the command line answers.
+"""Planning a million local keys, and how soon the command line answers."""
 
-python benchmarks/bench_plan.py [--keys 1000000]
-"""
-
-import argparse
 import json
 import os
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-from infermill.demo import prepare_demo
-from measuring import Child, infermill, machine, median, run_child, table
-from photos import make_photos
+from material import Material
+from measuring import infermill, run_child, spread, table
 
 PLAN = """
 import json, sys, time
@@ -31,24 +24,13 @@ print(json.dumps({"objects": plan.objects, "seconds": time.perf_counter() - star
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--keys", type=int, default=1_000_000)
-    keys = parser.parse_args().keys
-    print(f"{machine()}\n")
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        rows = [_plan(work, count) for count in (keys // 10, keys)]
-        print(table(["local keys", "keys/s", "partitions", "peak memory"], rows), "\n")
-        demo = prepare_demo()
-        make_photos(work / "twelve", 12)
-        helps = [infermill("--help") for _ in range(5)]
-        runs = [_run_twelve(work, demo.card, number) for number in range(5)]
-        whole = [
-            ["`infermill --help`", f"{median([child.seconds for child in helps]):.2f} s"],
-            ["`infermill run` over 12 photos", f"{median([child.seconds for child in runs]):.2f} s"],
-        ]
-        print(table(["whole process", "median of 5"], whole))
+def measure(made: Material) -> str:
+    """Both tables, as Markdown."""
+    keys = 1_000_000 if made.rounds > 1 else 10_000
+    rows = [_plan(made.work, count) for count in (keys // 10, keys)]
+    helps = [infermill("--help").seconds for _ in range(5)]
+    planned = table(["local keys", "keys/s", "partitions", "peak memory"], rows)
+    return f"{planned}\n\n`infermill --help`, whole process: {spread(helps, '.2f')} s."
 
 
 def _plan(work: Path, count: int) -> list[str]:
@@ -62,13 +44,3 @@ def _plan(work: Path, count: int) -> list[str]:
     assert result["objects"] == count
     pace = count / result["seconds"]
     return [f"{count:,}", f"{pace:,.0f}", f"{result['partitions']:,}", f"{child.peak_mb:.0f} MB"]
-
-
-def _run_twelve(work: Path, card: Path, number: int) -> Child:
-    return infermill("run", str(work / "twelve"), "-m", str(card), "-o", str(work / f"twelve-{number}"), "--json")
-
-
-if __name__ == "__main__":
-    started = time.perf_counter()
-    main()
-    print(f"\n{time.perf_counter() - started:.0f} s in all")

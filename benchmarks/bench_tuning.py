@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from infermill.limits import usable_cores
 from infermill.models.card import parse_card
@@ -25,26 +24,16 @@ from infermill.runtimes import Predictor, load
 from infermill.tuning import Work, load_tuned
 from infermill.types import Options
 from measuring import machine, median, table
-from resnet18 import _Builder, _model, resnet18
+from resnet18 import Builder, resnet18, save_classifier
+from resnet20 import resnet20
 
 ROUNDS = 5
 LONG = 10**9
 
 
-def thin(path: Path, width: int, blocks: int) -> Path:
-    """A ResNet for CIFAR (He et al. 2015, section 4.2) of three stages: width 16 with 3 blocks is ResNet-20."""
-    net = _Builder(0)
-    layer, inside = net.node("Relu", "stem_relu", net.conv("stem", "data", (width, 3, 3), 1)), width
-    for stage, out in enumerate((width, 2 * width, 4 * width)):
-        for number in range(blocks):
-            layer = net.block(f"stage{stage}_{number}", layer, (inside, out), 1 + (stage > 0 and number == 0))
-            inside = out
-    return _ended(net, layer, inside, 10, path)
-
-
 def resnet50(path: Path) -> Path:
     """ResNet-50 with seeded random weights."""
-    net = _Builder(0)
+    net = Builder(0)
     stem = net.node("Relu", "stem_relu", net.conv("stem", "data", (64, 3, 7), 2))
     layer = net.node("MaxPool", "stem_pool", stem, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2])
     inside = 64
@@ -56,15 +45,8 @@ def resnet50(path: Path) -> Path:
             tip = net.conv(f"{name}_3", tip, (4 * width, width, 1), 1)
             short = net.conv(f"{name}_down", layer, (4 * width, inside, 1), stride) if number == 0 else layer
             layer, inside = net.node("Relu", f"{name}_out", net.node("Add", f"{name}_add", tip, short)), 4 * width
-    return _ended(net, layer, inside, 1000, path)
-
-
-def _ended(net: _Builder, layer: str, inside: int, classes: int, path: Path) -> Path:
     pooled = net.node("Flatten", "flat", net.node("GlobalAveragePool", "pool", layer), axis=1)
-    weight = net.random.normal(0.0, 1.0 / np.sqrt(inside), (inside, classes))
-    net.node("Gemm", "logits", pooled, net.weight("fc_weight", weight), net.weight("fc_bias", np.zeros(classes)))
-    onnx.save(_model(net, "logits", classes), path)
-    return path
+    return save_classifier(net, pooled, (inside, 1000), 224, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +61,8 @@ class Case:
 
 
 CASES = (
-    Case("thin", lambda path: thin(path, 4, 1), 32, (1, 4, 8, 16, 32, 64, 128), 0.2),
-    Case("resnet20", lambda path: thin(path, 16, 3), 32, (1, 4, 8, 16, 32, 64, 128), 0.4),
+    Case("thin", lambda path: resnet20(path, width=4, blocks=1), 32, (1, 4, 8, 16, 32, 64, 128), 0.2),
+    Case("resnet20", resnet20, 32, (1, 4, 8, 16, 32, 64, 128), 0.4),
     Case("resnet18", resnet18, 224, (1, 4, 8, 16, 32), 1.0),
     Case("resnet50", resnet50, 224, (1, 4, 8, 16), 1.0),
 )

@@ -1,8 +1,9 @@
-"""What every benchmark shares: the machine's name, children with their memory, a server, and a table."""
+"""What every benchmark shares: the machine's name, children with what they cost, a server, medians and a table."""
 
 import json
 import os
 import platform
+import resource
 import socket
 import statistics
 import subprocess
@@ -32,15 +33,20 @@ def machine() -> str:
     return f"{names[0]}, {cores} cores, Python {platform.python_version()}, {libraries}"
 
 
+class ChildError(Exception):
+    """A process that did not end well; the text says why, in a line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A finished process: what it printed, its wall time, and the most memory that it and its workers had at once.
+    """A finished process: what it printed, its wall time, CPU time, and the most memory that it had at once.
 
-    Memory is the proportional set size: a page that processes share counts once.
+    Its workers are counted with it. Memory is the proportional set size: a page that processes share counts once.
     """
 
     stdout: str
     seconds: float
+    cpu_seconds: float
     peak_mb: float
 
     @property
@@ -49,20 +55,39 @@ class Child:
 
 
 def run_child(*command: str, **environment: str) -> Child:
-    """Run a command to its end; anything but success is an error."""
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as out:
-        process = subprocess.Popen(command, stdout=out, env=os.environ | environment)
+    """Run a command to its end.
+
+    Raises:
+        ChildError: it ended with another exit code than 0.
+    """
+    before, started = _children_cpu_seconds(), time.perf_counter()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | environment)
         peak_bytes = 0
         while process.poll() is None:
-            peak_bytes = max(peak_bytes, _memory_bytes(psutil.Process(process.pid)))
+            with suppress(psutil.NoSuchProcess):
+                peak_bytes = max(peak_bytes, _memory_bytes(psutil.Process(process.pid)))
             with suppress(subprocess.TimeoutExpired):
                 process.wait(MEMORY_EVERY_SECONDS)
         seconds = time.perf_counter() - started
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
         out.seek(0)
-        return Child(out.read().decode(), seconds, peak_bytes / 1e6)
+        err.seek(0)
+        if process.returncode:
+            raise ChildError(f"exit code {process.returncode}: {_reason(err.read().decode(errors='replace'))}")
+        cpu_seconds = _children_cpu_seconds() - before
+        return Child(out.read().decode(), seconds, cpu_seconds, peak_bytes / 1e6)
+
+
+def _reason(told: str) -> str:
+    """The line of a standard error that says what went wrong."""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:") or "Error:" in line or "Exception:" in line]
+    return (errors or lines or ["it said nothing"])[-1][:300]
+
+
+def _children_cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _memory_bytes(process: psutil.Process) -> int:
@@ -113,6 +138,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and the lowest and the highest of several."""
+    if len(values) == 1:
+        return f"{values[0]:{form}} (1 round)"
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 median = statistics.median

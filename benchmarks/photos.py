@@ -1,4 +1,4 @@
-"""JPEG photos for the benchmarks: crops of scikit-image's real photos, resized to 500x375."""
+"""Images for the benchmarks: crops of scikit-image's real photos, as JPEG of 500x375, and as PNG of 32x32."""
 
 import io
 from pathlib import Path
@@ -8,6 +8,7 @@ import skimage.data
 from PIL import Image
 
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png")
+DIFFERENT_RECORDS = 10_000
 
 
 def make_photos(folder: Path, count: int, size: tuple[int, int] = (500, 375), seed: int = 0) -> int:
@@ -38,3 +39,20 @@ def _write_photos(folder: Path, count: int, size: tuple[int, int], seed: int) ->
         buffer = io.BytesIO()
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
         (folder / f"photo-{number:05d}.jpg").write_bytes(buffer.getvalue())
+
+
+def make_records(folder: Path, count: int, seed: int = 0) -> None:
+    """Write `count` PNG of 32x32, 10,000 of them different, as CIFAR's images unpacked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    originals = [np.asarray(Image.open(Path(skimage.data.data_dir) / name).convert("RGB").reduce(4)) for name in NAMES]
+    contents: list[bytes] = []
+    for number in range(count):
+        if number < DIFFERENT_RECORDS:
+            original = originals[number % len(originals)]
+            top, left = (int(random.integers(0, length - 32 + 1)) for length in original.shape[:2])
+            noisy = original[top : top + 32, left : left + 32] + random.integers(-6, 7, (32, 32, 1), np.int16)
+            buffer = io.BytesIO()
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+            contents.append(buffer.getvalue())
+        (folder / f"record-{number:05d}.png").write_bytes(contents[number % DIFFERENT_RECORDS])

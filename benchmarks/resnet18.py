@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
 
 
-class _Builder:
+class Builder:
     """Collects nodes and weights; each method appends one layer and returns the name of its output."""
 
     def __init__(self, seed: int) -> None:
@@ -69,7 +69,7 @@ def resnet18(path: Path, seed: int = 0) -> Path:
         >>> resnet18(Path("resnet18.onnx"))  # doctest: +SKIP
         PosixPath('resnet18.onnx')
     """
-    net = _Builder(seed)
+    net = Builder(seed)
     stem = net.node("Relu", "stem_relu", net.conv("stem", "data", (64, 3, 7), 2))
     layer = net.node("MaxPool", "stem_pool", stem, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2])
     inside = 64
@@ -78,17 +78,23 @@ def resnet18(path: Path, seed: int = 0) -> Path:
         layer = net.block(f"stage{number}_b", layer, (out, out), 1)
         inside = out
     pooled = net.node("Flatten", "flat", net.node("GlobalAveragePool", "pool", layer), axis=1)
-    mean, std = _feature_statistics(_model(net, pooled, inside), net.random)
-    weight = net.random.normal(0.0, 4.0 / np.sqrt(inside), (inside, 1000)) / std[:, None]
+    return save_classifier(net, pooled, (inside, 1000), 224, path)
+
+
+def save_classifier(net: Builder, pooled: str, sizes: tuple[int, int], side: int, path: Path) -> Path:
+    """Write the network that ends in `pooled`, with a last layer of (features, classes), for pictures of a `side`."""
+    inside, classes = sizes
+    mean, std = _feature_statistics(_model(net, pooled, inside), net.random, side)
+    weight = net.random.normal(0.0, 4.0 / np.sqrt(inside), sizes) / std[:, None]
     net.node("Gemm", "logits", pooled, net.weight("fc_weight", weight), net.weight("fc_bias", -mean @ weight))
-    onnx.save(_model(net, "logits", 1000), path)
+    onnx.save(_model(net, "logits", classes), path)
     return path
 
 
-def _model(net: _Builder, output: str, length: int) -> onnx.ModelProto:
+def _model(net: Builder, output: str, length: int) -> onnx.ModelProto:
     graph = helper.make_graph(
         net.nodes,
-        "resnet18",
+        "resnet",
         [helper.make_tensor_value_info("data", TensorProto.FLOAT, ["N", 3, "H", "W"])],
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["N", length])],
         net.weights,
@@ -98,15 +104,15 @@ def _model(net: _Builder, output: str, length: int) -> onnx.ModelProto:
 
 
 def _feature_statistics(
-    model: onnx.ModelProto, random: np.random.Generator
+    model: onnx.ModelProto, random: np.random.Generator, side: int
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """Mean and deviation of the features over pictures of coarse patches.
 
     Features of random weights are nearly the same for every picture; centred and scaled they tell them apart.
     """
-    sides = (2, 4, 7, 8, 14, 16, 28, 32)
-    patches = [random.normal(0.0, 1.2, (3, side, side)).astype(np.float32) for side in sides for _ in range(2)]
-    pictures = np.stack([np.kron(patch, np.ones((224 // patch.shape[1],) * 2, np.float32)) for patch in patches])
+    counts = [count for count in (2, 4, 7, 8, 14, 16, 28, 32) if side % count == 0]
+    patches = [random.normal(0.0, 1.2, (3, count, count)).astype(np.float32) for count in counts for _ in range(2)]
+    pictures = np.stack([np.kron(patch, np.ones((side // patch.shape[1],) * 2, np.float32)) for patch in patches])
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     features = session.run(None, {"data": pictures})[0].astype(np.float64)
     # Rounded, so that the last bit of another processor's sums does not show in the file.

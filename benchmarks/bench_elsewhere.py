@@ -1,0 +1,75 @@
+"""The same photos and network by other ways of infermill: from an S3 server, on Spark, and by MXNet itself."""
+
+import sys
+import time
+from pathlib import Path
+
+import boto3
+
+from infermill.limits import usable_cores
+from material import Material
+from measuring import cpu_seconds, median, s3_server, spread, table
+from rates import Series, failures, times
+from ways import Way, checkpoint, job, mxnet_python
+
+KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
+SIZES = ("--shorter", "256", "--crop", "224", "224", "--scale", "0.00392156862745098")
+COLOURS = ("--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225")
+FLAGS = (*SIZES, *COLOURS, "--task", "classification", "--activation", "softmax")
+
+
+def measure(made: Material) -> str:
+    """A table of rates, of those of local files on this machine's own engine."""
+    card = made.work / "model-224.yaml"
+    local = Series(job("local files", card))
+    lacking = {}
+    master = f"local[{usable_cores()}]"
+    column = Path(__file__).with_name("spark_column.py")
+    others = [
+        Series(job("`--engine spark`", card, "--engine", "spark", "--master", master)),
+        Series(
+            Way(
+                "column",
+                "`infermill.spark.predict` over `binaryFile`",
+                lambda source, out: [sys.executable, str(column), source, str(card), str(out)],
+            )
+        ),
+    ]
+    if python := mxnet_python():
+        symbol = checkpoint(made.work / "resnet18.onnx", Path(python)).with_name("resnet18-symbol.json")
+        others.append(Series(job("an MXNet checkpoint, translated", symbol, *FLAGS)))
+        mxnet = ("--runtime", "mxnet", "--runtime-python", python)
+        others.append(Series(job("the same, `--runtime mxnet`", symbol, *FLAGS, *mxnet)))
+    else:
+        lacking["`--runtime mxnet`"] = "the recipe's environment is not there"
+    with s3_server() as (url, server):
+        remote = Series(job("from an S3 server on the same cores", card, "--endpoint-url", url, **KEYS))
+        for folder in ("twelve", "few"):
+            _upload(url, made.work / folder)
+        shares = []
+        for _ in range(made.rounds):
+            local.measure(made, made.work / "twelve", made.work / "few", made.few)
+            for series in others:
+                series.measure(made, made.work / "twelve", made.work / "few", made.few)
+            before, started = cpu_seconds(server), time.perf_counter()
+            remote.measure(made, "s3://twelve/", "s3://few/", made.few)
+            shares.append((cpu_seconds(server) - before) / (time.perf_counter() - started) / usable_cores())
+    rows = [
+        [series.way.name, spread(series.starts, ".1f"), spread(series.rates, ".1f"), times(series.rates, local.rates)]
+        for series in (local, remote, *others)
+        if not series.failed
+    ]
+    header = ["", "12 photos, whole process, s", "images/s after start-up", "of local files"]
+    return (
+        f"{made.few} photos of 500x375, ResNet-18, fp32. The S3 server takes {median(shares):.1%} of the CPU.\n\n"
+        f"{table(header, rows)}\n\n" + "\n".join(failures([local, remote, *others], lacking))
+    )
+
+
+def _upload(url: str, folder: Path) -> None:
+    client = boto3.client(
+        "s3", endpoint_url=url, aws_access_key_id="bench", aws_secret_access_key="bench", region_name="us-east-1"
+    )
+    client.create_bucket(Bucket=folder.name)
+    for path in sorted(folder.iterdir()):
+        client.put_object(Bucket=folder.name, Key=path.name, Body=path.read_bytes())

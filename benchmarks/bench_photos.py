@@ -1,0 +1,106 @@
+"""2,000 photos of 500x375 through ResNet-18: against the limit of the machine, and against the peers.
+
+The limit is 1 / (1/network + 1/(cores · decode per core)): what the machine could do if decoding JPEG and running the
+network, in the same precision, were all there is, and neither ever waited. Decoding is JPEG to RGB alone; resizing is
+not in the limit. Everything is measured in turn in each round, and ratios are those within a round.
+"""
+
+from dataclasses import dataclass, field
+
+from alone import decode_rate, network_rate
+from infermill.limits import usable_cores
+from material import Material, add_precisions, agreement, reference
+from measuring import median, spread, table
+from rates import Series, best_of_each, failures, ranked, times
+from ways import job, peer_ways, versions
+
+PROFILES = ("exact", "fast")
+
+
+@dataclass(slots=True)
+class Limits:
+    """Of one precision, a value a measurement."""
+
+    networks: list[float] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+    wholes: dict[str, list[float]] = field(default_factory=lambda: {profile: [] for profile in PROFILES})
+    "By decode profile: images per second of the whole job, start-up included, as a share of the limit around it."
+
+
+def measure(made: Material) -> str:
+    """Both tables, as Markdown."""
+    add_precisions(made)
+    cores = usable_cores()
+    decodes: list[float] = []
+    limits = {precision: Limits() for precision in made.cards}
+    ours = {
+        (precision, profile): Series(job(f"infermill, {precision}, {profile}", card, "--decode", profile))
+        for precision, card in made.cards.items()
+        for profile in PROFILES
+    }
+    ways, lacking = peer_ways(made.work / "resnet18.onnx", 224, made.peers)
+    theirs = running = [Series(way) for way in ways]
+    for number in range(made.rounds):
+        decodes.append(decode_rate(made.work / "photos"))
+        for precision, card in made.cards.items():
+            found = limits[precision]
+            found.networks.append(network_rate(card))
+            for profile in PROFILES:
+                series = ours[precision, profile]
+                start = ours[precision, "exact"].starts[-1] if profile == "fast" else None
+                series.measure(made, made.work / "twelve", made.work / "photos", made.photos, start)
+                if series.failed:
+                    raise SystemExit(f"{series.way.name}: {series.failed}")
+                # Between two measurements of the network alone: the speed of a shared machine drifts.
+                found.networks.append(network_rate(card))
+                found.limits.append(1 / (2 / sum(found.networks[-2:]) + 1 / (cores * decodes[-1])))
+                found.wholes[profile].append(made.photos / series.wholes[-1] / found.limits[-1])
+        for series in running:
+            series.measure(made, made.work / "twelve", made.work / "few", made.few)
+            print(f"    {series.way.name}: {series.failed or f'{series.rates[-1]:.1f} images/s'}", flush=True)
+        running = best_of_each(theirs) if number == 0 else running
+    return "\n\n".join((_limit_table(made, limits, decodes), _peer_table(made, ours, theirs, ranked(running), lacking)))
+
+
+def _limit_table(made: Material, limits: dict[str, Limits], decodes: list[float]) -> str:
+    rows = []
+    for precision, found in limits.items():
+        shares = [spread(found.wholes[profile], ".1%") for profile in PROFILES]
+        rows.append([precision, spread(found.networks, ".1f"), f"{median(found.limits):.1f}", *shares])
+    header = ["", "the network alone, images/s", "additive limit", "the whole job, exact", "… `--decode fast`"]
+    lacking = "".join(f"\n- {precision}: not measured: {reason}" for precision, reason in made.lacking.items())
+    return (
+        f"{made.photos:,} photos of 500x375, ResNet-18. The whole job is everything from starting the command to its "
+        f"end, as a share of the additive limit `1 / (1/network + 1/(cores · decoding))`, medians of {made.rounds} "
+        f"rounds (lowest to highest). Decoding JPEG alone: {spread(decodes, ',.0f')} images/s a core.\n\n"
+        f"{table(header, rows)}\n{lacking}"
+    )
+
+
+def _peer_table(
+    made: Material,
+    ours: dict[tuple[str, str], Series],
+    theirs: list[Series],
+    chosen: list[Series],
+    lacking: dict[str, str],
+) -> str:
+    """Ours and, of each peer, its better way; the other ways below."""
+    best = reference(made.work / "few", made.work / "resnet18.onnx", 224)
+    against = chosen[0] if chosen else None
+    rows = []
+    for series in (*ours.values(), *chosen):
+        same = "" if series.out is None else f"{agreement(series.out, best):.1%}"
+        ratio = times(series.rates, against.rates) if against else ""
+        start, peak = spread(series.starts, ".2f"), f"{max(series.peaks_mb):,.0f} MB"
+        rows.append([series.way.name, spread(series.rates, ".1f"), ratio, start, peak, same])
+    header = ["", "images/s after start-up", "times the best peer", "12 photos, whole process, s", "peak memory"]
+    others = [series for series in theirs if series not in chosen and not series.failed]
+    slower = [f"- {series.way.name}: {series.rates[0]:.1f} images/s in the first round" for series in others]
+    notes = [*failures(theirs, lacking), *slower]
+    return (
+        f"Against the peers, the same photos and network, Parquet with the best five classes: infermill over "
+        f"{made.photos:,} photos, the peers over {made.few}; a rate is (N - 12) / (seconds of N - seconds of 12), of "
+        "whole processes. The last column is how many photos have the best class that Pillow and ONNX Runtime in fp32 "
+        f"give them, of {made.few}.\n\n"
+        f"{table([*header, 'same top-1'], rows)}\n\n" + "\n".join(notes) + "\n\nPeers, pinned: " + "; ".join(versions())
+    )
