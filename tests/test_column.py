@@ -76,6 +76,14 @@ def test_paths_of_both_string_types(job: ColumnJob, kind: pa.DataType, tmp_path:
     assert answer[3]["error"]["code"].as_py() == "empty"
 
 
+def test_urls_that_may_not_be_fetched_are_rows(job: ColumnJob) -> None:
+    urls = ["https://photos.example.org/1.jpg", "https://me:secret@photos.example.org/1.jpg", "http:///1.jpg"]
+    (answer,) = predict_column(job, iter([pa.array(urls)]))
+    errors = [row["error"] for row in answer.to_pylist()]
+    assert [error["code"] for error in errors] == ["unreadable"] * 3
+    assert errors[0]["message"].startswith("objects on photos.example.org are not fetched")
+
+
 @pytest.mark.parametrize("values", [[1, 2], [[0.5]], [{"a": 1}], [True]])
 def test_other_columns_are_refused(job: ColumnJob, values: list[Any]) -> None:
     with pytest.raises(RuntimeError, match='"error": "UsageError", "message": "the column holds'):

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 import infermill
 from infermill import Options
+from infermill.engines.spark import survey
 from infermill.session import first_line, spark_session
 from tests.clusters import (
     GPU,
@@ -180,6 +183,20 @@ def test_the_doctor_asks_every_executor(folder: Path, standalone: StandaloneClus
 
 
 @pytest.mark.slow
+def test_executors_that_never_come_are_told(
+    standalone: StandaloneCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("infermill.engines.spark.PATIENCE_SECONDS", 2.0)
+    options = replace(standalone.options, conf=(*standalone.options.conf, "spark.executor.memory=1000g"))
+    with ThreadPoolExecutor(1) as pool, spark_session(options) as session:
+        surveyed = pool.submit(survey, session)
+        wait_until(lambda: "no executor has answered for 2 s" in caplog.text)
+        session.sparkContext.cancelAllJobs()
+        with pytest.raises(infermill.InfermillError, match="Spark gave up"):
+            surveyed.result()
+
+
+@pytest.mark.slow
 def test_the_memory_of_the_driver_does_not_grow_with_the_objects(folder: Path) -> None:
     """The peak of its Python process: after planning, and with a running job; which stops at its first failures."""
     for count in (2_000, 200_000):
@@ -275,6 +292,33 @@ def test_nobody_answers(folder: Path, flag: str) -> None:
     assert f"or check {flag}" in said
 
 
+def test_an_address_that_is_none_of_spark_connect_is_bad_usage(folder: Path) -> None:
+    said = refused(folder, "--engine", "spark", "--remote", "head:15002;token=secret", exit_codes=[2])
+    assert said == "error: --remote head:15002 is no Spark Connect server\nhint: write sc://HOST:15002"
+    with pytest.raises(infermill.UsageError, match="no Spark Connect server"):
+        spark_session(Options(remote="sc://head:port"))
+
+
+def test_what_listens_and_is_no_connect_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infermill.session.HANDSHAKE_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"sc://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            pytest.raises(infermill.InfermillError, match=f"what listens at --remote {url} does not answer") as caught,
+            spark_session(Options(remote=url)),
+        ):
+            pass
+    assert "15002" in caught.value.hint
+
+
+def test_a_session_that_is_none_and_options_beside_one_are_refused(folder: Path) -> None:
+    arguments = (folder / "photos", folder / "model.yaml", folder / "out")
+    with pytest.raises(infermill.UsageError, match="engine='spark' is no Spark session"):
+        infermill.run(*arguments, engine="spark")  # type: ignore[arg-type]
+    with pytest.raises(infermill.UsageError, match="engine= is one that is there"):
+        infermill.run(*arguments, Options(master="local[2]"), engine=object())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("master", "setting", "message"),
     [
@@ -335,12 +379,21 @@ def test_what_is_not_installed_is_named(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_executors_without_what_infermill_needs_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"), [(None, "ModuleNotFoundError: No module named"), ((3, 99), "[PYTHON_VERSION_MISMATCH]")]
+)
+def test_a_python_that_executors_cannot_use_is_refused(
+    folder: Path, version: tuple[int, int] | None, message: str
+) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "bare"], check=True)
+    if version:
+        (site_packages,) = (folder / "bare").glob("lib/python*/site-packages")
+        (site_packages / "sitecustomize.py").write_text(f"import sys\nsys.version_info = {(*version, 0, 'final', 0)}\n")
     python = f"spark.pyspark.python={folder / 'bare/bin/python'}"
     said = refused(folder, "--engine", "spark", "--master", "local[2]", "--conf", python)
-    assert "error: the Python of the executors cannot run Spark's tasks: ModuleNotFoundError" in said
-    assert "hint: name one that has what infermill depends on" in said
+    assert "error: the Python of the executors cannot run Spark's tasks: " in said
+    assert message in said
+    assert f"hint: name a Python 3.{sys.version_info.minor} that has what infermill depends on" in said
     assert not part_files(folder / "out")
 
 

@@ -1,6 +1,7 @@
 """How infermill reaches a Python worker, and how its errors come back; see test_spark.py, too."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 
 from infermill import errors, load_model
-from infermill.errors import InfermillError, ModelError, UsageError
+from infermill.errors import InfermillError, ModelError, StoreError, UsageError
 from infermill.java import find_java
 from infermill.models.card import ModelCard
 from infermill.models.model import open_model
@@ -72,6 +73,21 @@ def test_errors_come_back_as_they_were() -> None:
     error = translated(ValueError(java))
     assert type(error) is ModelError
     assert (error.message, error.hint) == (told.message, told.hint)
+
+
+def test_what_a_store_refuses_an_executor_says_where_it_was() -> None:
+    host = socket.gethostname()
+    with pytest.raises(RuntimeError) as caught, errors_told():
+        raise StoreError("access to s3://bucket/out is denied", "check the credentials")
+    error = translated(caught.value)
+    assert error is not None
+    assert error.hint.startswith(f"check the credentials; it was the executor on {host} that asked: ")
+    assert "spark.executorEnv.AWS_ACCESS_KEY_ID" in error.hint
+    with pytest.raises(RuntimeError) as caught, errors_told():
+        raise StoreError(f"/photos is there on the driver, and not on {host}", "mount it")
+    error = translated(caught.value)
+    assert error is not None
+    assert error.hint == "mount it"
 
 
 def test_every_error_of_ours_comes_back() -> None:

@@ -194,15 +194,16 @@ def _uri_fetcher(fetch: _Fetch) -> _Fetch:
         uri: str = _present(cell).as_py()
         if uri.startswith("file:/") and not uri.startswith("file://"):
             uri = uri.removeprefix("file:")  # as Spark's `binaryFile` writes a path
-        if not is_web(uri):
-            if "://" not in uri and uri and not uri.startswith("/"):
-                raise BadInputError(
-                    "fetch", "unreadable", f"{uri!r} is a relative path, and executors have folders of their own"
-                )
-            try:
-                locate(uri)
-            except UsageError as error:
-                raise BadInputError("fetch", "unreadable", error.message) from None
+        if "://" not in uri and uri and not uri.startswith("/"):
+            raise BadInputError(
+                "fetch", "unreadable", f"{uri!r} is a relative path, and executors have folders of their own"
+            )
+        try:
+            if is_web(uri):
+                return fetch(ObjectRef(uri), reserve)
+            locate(uri)
+        except UsageError as error:  # of the value: a host that is not allowed, a scheme that is not read
+            raise BadInputError("fetch", "unreadable", error.message) from None
         return fetch(ObjectRef(uri), reserve)
 
     return fetch_uri

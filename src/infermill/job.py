@@ -206,7 +206,7 @@ def empty_source(source: str) -> SourceError:
 def _started(engine: "Engine | SparkSession | None", options: Options) -> AbstractContextManager[Engine]:
     if engine is None:
         return engines.start(options)
-    return nullcontext(engine if callable(engine) else engines.on_session(engine))
+    return nullcontext(engine if callable(engine) else engines.on_session(engine, options))
 
 
 def _open(model: str | Path | ModelCard, options: Options, card_options: CardOptions, *, is_here: bool) -> Model:

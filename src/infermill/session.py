@@ -23,6 +23,8 @@ from infermill.types import Options
 
 CONNECT_PORT = 15_002
 _CONNECT_SECONDS = 10.0
+HANDSHAKE_SECONDS = 30.0
+"For a Connect server to speak; Spark itself would ask what does not for ten minutes."
 _STDERR = 2
 _LOGGING = Path(__file__).with_name("log4j2.properties")
 
@@ -90,17 +92,20 @@ def parsed_conf(settings: tuple[str, ...]) -> dict[str, str]:
 
 
 def _connector(remote: str, conf: Mapping[str, str]) -> Callable[[], SparkSession]:
-    address = re.match(r"sc://(\[[^]]*\]|[^:/;]+)(?::(\d+))?", remote)
-    if address:  # Spark itself would ask for ten minutes
-        _reach(
-            [f"{address[1]}:{address[2] or CONNECT_PORT}"],
-            "Spark Connect server",
-            "start one with sbin/start-connect-server.sh of Spark or of the package pyspark, or check --remote",
-        )
-    return partial(_connect, remote, conf, f"--remote {address[0] if address else 'URL'}")
+    address = re.match(r"sc://(\[[^]]*\]|[^:/;]+)(?::(\d+))?(?=[/;]|$)", remote)
+    if address is None:
+        raise UsageError(f"--remote {remote.partition(';')[0]} is no Spark Connect server", "write sc://HOST:15002")
+    # Spark itself would ask for ten minutes.
+    _reach(
+        [f"{address[1]}:{address[2] or CONNECT_PORT}"],
+        "Spark Connect server",
+        "start one with sbin/start-connect-server.sh of Spark or of the package pyspark, or check --remote",
+    )
+    return partial(_connect, remote, conf, f"--remote {address[0]}")
 
 
 def _connect(remote: str, conf: Mapping[str, str], where: str) -> SparkSession:
+    _greet(remote, where)
     session = _built(SparkSession.builder.remote(remote), {}, where)
     for key, value in conf.items():  # the builder would only warn where the server refuses one
         try:
@@ -112,6 +117,30 @@ def _connect(remote: str, conf: Mapping[str, str], where: str) -> SparkSession:
                 "set it where the server is started; a client sets what begins with spark.sql, and not all of that",
             ) from None
     return session
+
+
+def _greet(remote: str, where: str) -> None:
+    """Raise InfermillError where what listens is no Spark Connect server."""
+    try:
+        from grpc import FutureTimeoutError, channel_ready_future
+        from pyspark.sql.connect.client import DefaultChannelBuilder
+
+        channel = DefaultChannelBuilder(remote).toChannel()
+    except ImportError as error:
+        raise UsageError(
+            f"Spark Connect cannot be used: {first_line(error)}", "pip install 'infermill[spark]'"
+        ) from None
+    except PySparkException as error:
+        raise UsageError(f"Spark does not start with {where}: {first_line(error)}", _HINT) from None
+    try:
+        channel_ready_future(channel).result(HANDSHAKE_SECONDS)
+    except FutureTimeoutError:
+        raise InfermillError(
+            f"what listens at {where} does not answer as a Spark Connect server",
+            "check the port, which is 15002 where nothing else is set, and use_ssl; a spark:// address is for --master",
+        ) from None
+    finally:
+        channel.close()
 
 
 def _reach(places: Iterable[str], what: str, hint: str) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import socket
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from pyspark.sql import SparkSession
 
 import infermill
 from infermill import errors
-from infermill.errors import InfermillError, ModelError
+from infermill.errors import InfermillError, ModelError, StoreError
 from infermill.models.bundle import current_digest, pack, unpack
 from infermill.models.files import cache_errors, cache_folder, cache_lock
 from infermill.models.model import Model, open_model
@@ -39,6 +40,7 @@ from infermill.stores import locate
 from infermill.types import CardOptions, StoreOptions
 
 _TAG = "infermill-error: "
+_ITS_OWN = "its network and its credentials count, which --conf spark.executorEnv.AWS_ACCESS_KEY_ID=… can give it"
 _TIME = (1980, 1, 1, 0, 0, 0)
 _shipped: "WeakKeyDictionary[SparkSession, set[str]]" = WeakKeyDictionary()
 
@@ -246,11 +248,17 @@ def task(function: Callable[..., Any], *given: Any) -> Callable[..., Any]:
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """On a worker: errors of infermill leave in the form that `translated` finds in what Spark makes of them."""
+    """On a worker: errors of infermill leave in the form that `translated` finds in what Spark makes of them.
+
+    Those of stores say where it was, for what the driver may read, a worker may not.
+    """
     try:
         yield
     except InfermillError as error:
-        told = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        hint, host = error.hint, socket.gethostname()
+        if isinstance(error, StoreError) and host not in error.message:
+            hint = f"{hint}; it was the executor on {host} that asked: {_ITS_OWN}"
+        told = {"error": type(error).__name__, "message": error.message, "hint": hint}
         raise RuntimeError(_TAG + json.dumps(told)) from None
 
 

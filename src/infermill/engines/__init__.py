@@ -52,8 +52,17 @@ def survey(options: Options) -> list[dict[str, Any]]:
     return executors
 
 
-def on_session(session: "SparkSession") -> Engine:
-    """The engine that runs jobs on a Spark session, classic or Connect."""
+def on_session(session: "SparkSession", options: Options) -> Engine:
+    """The engine that runs jobs on a Spark session, classic or Connect.
+
+    Raises:
+        UsageError: it is no session, or the options ask for another one.
+    """
+    if options.master or options.remote or options.conf:
+        raise UsageError(
+            "master, remote and conf are for a session that infermill starts, and engine= is one that is there",
+            "leave them out, or leave out engine= and pass Options(engine='spark', …)",
+        )
     engine: Engine = _module("spark").on(session)
     return engine
 

@@ -11,6 +11,8 @@ does as well as classic Spark. What is done is seen in the output while the task
 
 import json
 import logging
+import re
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -48,6 +50,9 @@ WITNESSES = 64
 _POLL_SECONDS = 1.0
 _LONGEST_POLL_SECONDS = 30.0
 _SPREAD_SECONDS = 0.3
+PATIENCE_SECONDS = 60.0
+"Without an executor, until it is said that there is none; Spark itself waits for ever."
+_WRONG_PYTHON = re.compile(r"^ModuleNotFoundError|Cannot run program|PYTHON_VERSION_MISMATCH")
 logger = logging.getLogger("infermill")
 
 
@@ -94,7 +99,15 @@ def on(session: SparkSession, partitions_per_task: int | None = None) -> Engine:
     Args:
         session: the session.
         partitions_per_task: how many partitions one task does, in one pipeline. (default: by the number of executors)
+
+    Raises:
+        UsageError: it is no session.
     """
+    if not hasattr(session, "addArtifacts"):  # classic sessions and those of Spark Connect have no class in common
+        raise UsageError(
+            f"engine={session!r} is no Spark session",
+            "pass what SparkSession.builder.getOrCreate() returns; without engine=, Options(engine='spark') starts one",
+        )
     return partial(_run, session, partitions_per_task)
 
 
@@ -105,6 +118,7 @@ def _run(
     meter.activity = "waiting for executors"
     shape = _shape(session)
     job = replace(job, options=job.options.for_workers(), todo=job.todo // shape.slots)
+    meter.activity = "waiting for the first partition"
     per_task = partitions_per_task or min(-(-len(ids) // (TASKS_PER_SLOT * shape.slots)), PARTITIONS_PER_TASK)
     shares = [tuple(ids[at : at + per_task]) for at in range(0, len(ids), per_task)]
     model = shipping.ship_model(session, job.model, job.options)
@@ -131,7 +145,7 @@ def _witnesses(place: Output, job: Job, partition: int) -> tuple[str, ...]:
     refs = partition_reader(job.plans, lambda name: place.read_existing(f"{PLAN_FOLDER}/{name}"))(partition)
     keys = [ref.key.partition("#")[0] if job.source.shards else ref.key for ref in refs[:WITNESSES]]
     places = [place_of(key, job.source, root) for key in dict.fromkeys(keys) if not is_web(key)]
-    return tuple(one.uri for one in places if one.is_local and spark_task.is_there(one.uri))
+    return tuple(one.uri.replace("//", "/") for one in places if one.is_local and spark_task.is_there(one.uri))
 
 
 def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter) -> Iterator[PartitionReport]:
@@ -241,10 +255,11 @@ class _Collected:
         if told is not None:
             raise told from None
         reason = first_line(error)
-        if reason.startswith("ModuleNotFoundError") or "Cannot run program" in reason:
+        if _WRONG_PYTHON.search(reason):
             raise InfermillError(
                 f"the Python of the executors cannot run Spark's tasks: {reason}",
-                "name one that has what infermill depends on, as it is called there: --conf spark.pyspark.python=…",
+                f"name a Python 3.{sys.version_info.minor} that has what infermill depends on, as it is called there: "
+                "--conf spark.pyspark.python=…",
             ) from None
         raise InfermillError(
             f"Spark gave up: {reason}",
@@ -311,8 +326,14 @@ def _described(session: SparkSession, tasks: Any, seconds: float) -> list[dict[s
     function = shipping.task(spark_task.describe, seconds)
     answer = _Collected(session, tasks.mapInArrow(function, "answer string"))
     try:
-        while not answer.is_done(_POLL_SECONDS):
-            pass
+        if not answer.is_done(PATIENCE_SECONDS):
+            logger.warning(
+                "no executor has answered for %.0f s: has the cluster one to give, with the cores and the memory that "
+                "spark.executor.cores and spark.executor.memory ask for? Its web page says",
+                PATIENCE_SECONDS,
+            )
+            while not answer.is_done(_POLL_SECONDS):
+                pass
         return [json.loads(row) for row in answer.rows()]
     finally:
         answer.cancel()
