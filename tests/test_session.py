@@ -314,9 +314,9 @@ def test_what_listens_and_is_no_connect_server_is_told(monkeypatch: pytest.Monke
 def test_a_session_that_is_none_and_options_beside_one_are_refused(folder: Path) -> None:
     arguments = (folder / "photos", folder / "model.yaml", folder / "out")
     with pytest.raises(infermill.UsageError, match="engine='spark' is no Spark session"):
-        infermill.run(*arguments, engine="spark")  # type: ignore[arg-type]
+        infermill.run(*arguments, engine="spark")
     with pytest.raises(infermill.UsageError, match="engine= is one that is there"):
-        infermill.run(*arguments, Options(master="local[2]"), engine=object())  # type: ignore[arg-type]
+        infermill.run(*arguments, Options(master="local[2]"), engine=object())
 
 
 @pytest.mark.parametrize(
