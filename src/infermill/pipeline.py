@@ -242,11 +242,12 @@ class _Pipeline:
         raise _StoppedError
 
     def _take_fetched(self, count: int) -> list[Fetched[_Input]]:
-        others = self._stages.compute_threads
-        count = max(min(count, len(self._fetched) // others), 1)
+        count = max(min(count, len(self._fetched) // self._stages.compute_threads), 1)
         self._decoding += count
-        self._room.notify()
-        return [self._fetched.popleft() for _ in range(count)]
+        taken = [self._fetched.popleft() for _ in range(count)]
+        if len(self._fetched) < self._max_fetched:
+            self._room.notify()
+        return taken
 
     def _can_predict(self) -> bool:
         if self._network is None or self._predicting == self._network.streams or not self._decoded:
