@@ -19,7 +19,7 @@ import pytest
 import infermill
 from infermill import Options
 from infermill.engines.spark import survey
-from infermill.session import first_line, spark_session
+from infermill.session import first_line, spark_session, start_error
 from tests.clusters import (
     GPU,
     SlowDecoder,
@@ -395,6 +395,14 @@ def test_a_python_that_executors_cannot_use_is_refused(
     assert message in said
     assert f"hint: name a Python 3.{sys.version_info.minor} that has what infermill depends on" in said
     assert not part_files(folder / "out")
+
+
+def test_a_master_of_another_version_is_told() -> None:
+    """It drops what it cannot read, and Spark gives up after a minute."""
+    reason = "java.lang.IllegalStateException: Cannot call methods on a stopped SparkContext."
+    error = start_error("--master spark://head:7077", reason)
+    assert f"does not answer PySpark {pyspark.__version__} as a master" in error.message
+    assert "the cluster's version" in error.hint
 
 
 def test_the_first_line_says_what_happened_in_a_task() -> None:

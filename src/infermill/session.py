@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from pathlib import Path
 
+import pyspark
 from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkException
@@ -268,11 +269,26 @@ def _built(builder: SparkSession.Builder, conf: Mapping[str, str], what: str) ->
         return builder.getOrCreate()
     except (PySparkException, Py4JError, OSError, RuntimeError) as error:
         causes = re.findall(r"^Caused by: (.+)", str(error), re.MULTILINE)
-        reason = causes[-1] if causes else first_line(error)
-        message = f"Spark does not start with {what}: {reason}"
-        if _SETTING.search(reason):
-            raise UsageError(message, _SETTINGS_HINT) from None
-        raise InfermillError(message, _HINT) from None
+        raise start_error(what, causes[-1] if causes else first_line(error)) from None
+
+
+def start_error(what: str, reason: str) -> InfermillError:
+    """Why Spark does not start with `--master …`, and what to do, by what it says itself.
+
+    Example:
+        >>> start_error("--master local[2]", "The number of cores has to be >= 3")
+        UsageError('Spark does not start with --master local[2]: The number of cores has to be >= 3')
+    """
+    if "stopped SparkContext" in reason:  # what a master does not understand, it does not answer
+        return InfermillError(
+            f"Spark does not start with {what}, which does not answer PySpark {pyspark.__version__} as a master would",
+            "the driver's PySpark must have the cluster's version, which the master's web page says: "
+            "pip install 'pyspark[connect]==…'",
+        )
+    message = f"Spark does not start with {what}: {reason}"
+    if _SETTING.search(reason):
+        return UsageError(message, _SETTINGS_HINT)
+    return InfermillError(message, _HINT)
 
 
 _HINT = "check the address and the settings; `infermill doctor` says which Java is used"
