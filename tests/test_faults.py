@@ -228,7 +228,7 @@ def test_a_long_listing_goes_on_where_it_broke_off(prefix: str, scripted_store: 
     scripted_store.objects = {f"/bucket/{key}": b"x" for key in keys}
     with FaultProxy(str(scripted_store.options.endpoint_url)) as proxy:
         rule = proxy.inject(Truncate(0.5), path="list-type=2", first=18)
-        _, batches = list_source(f"s3://bucket/{prefix}/", (".jpg",), through(proxy))
+        _, batches = list_source(f"s3://bucket/{prefix}/", (".jpg",), through(proxy, 30))
         assert [key for batch in batches for key in batch["key"].to_pylist()] == keys
     assert rule.hits == 1
 
