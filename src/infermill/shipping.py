@@ -41,8 +41,8 @@ from infermill.types import CardOptions, StoreOptions
 
 _TAG = "infermill-error: "
 _ITS_OWN = (
-    "its network and its credentials count; spark.executorEnv.AWS_ACCESS_KEY_ID and the like give it some, by --conf, or "
-    "where a Connect server is started"
+    "its network and its credentials count; spark.executorEnv.AWS_ACCESS_KEY_ID and the like give it some, by --conf "
+    "or where a Connect server is started"
 )
 _TIME = (1980, 1, 1, 0, 0, 0)
 _shipped: "WeakKeyDictionary[SparkSession, set[str]]" = WeakKeyDictionary()
