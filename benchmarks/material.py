@@ -81,7 +81,8 @@ def add_precisions(made: Material) -> None:
     small = made.work / "model-int8.yaml"
     # Nothing stays in float for the sake of agreement: random weights say nothing on how well int8 does, only how fast.
     sample = ["--calibrate", str(made.work / "photos"), "--objects", str(min(made.photos, CALIBRATION))]
-    _add(made, "int8", small, ["quantize", str(made.cards["fp32"]), *sample, "-o", str(small), "--min-agreement", "0"])
+    gate = ["--min-agreement", "0.01"]
+    _add(made, "int8", small, ["quantize", str(made.cards["fp32"]), *sample, "-o", str(small), *gate])
 
 
 def _add(made: Material, precision: str, card: Path, command: Sequence[str]) -> None:
