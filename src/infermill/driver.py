@@ -104,6 +104,7 @@ class Driver:
             examples = dict(report.example_keys) | examples
         seconds, meter = time.monotonic() - self.started, self.meter
         looks = max(meter.looks, 1)
+        precision = _all_of(report.precision for report in reports)
         return Summary(
             planned=record.objects,
             ok=sum(report.ok for report in reports),
@@ -121,12 +122,12 @@ class Driver:
                 "fetched": round(meter.fetched_seen / looks, 1),
                 "decoded": round(meter.decoded_seen / looks, 1),
             },
-            verdict=verdict(meter.stage_seconds, is_exact=self.options.decode == "exact"),
+            verdict=verdict(meter.stage_seconds, is_exact=self.options.decode == "exact", is_fp32=precision == "fp32"),
             workers=meter.workers,
             model_loads=meter.model_loads,
             halved_batches=meter.halved_batches,
             runtime=_all_of(report.runtime for report in reports),
-            precision=_all_of(report.precision for report in reports),
+            precision=precision,
             choice=_choice_of(reports),
             digest=self.model.digest,
             output=self.place.uri,

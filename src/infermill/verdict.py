@@ -15,16 +15,17 @@ def bottleneck(busy_seconds: Mapping[str, float]) -> str:
     return max(("fetch", "write") if is_waiting else ("predict", "decode"), key=lambda stage: busy_seconds[stage])
 
 
-def verdict(stage_seconds: Mapping[str, float], *, is_exact: bool) -> str:
+def verdict(stage_seconds: Mapping[str, float], *, is_exact: bool, is_fp32: bool) -> str:
     """A sentence: the stage that sets the pace, its part of the compute threads' time, and what to try.
 
     Args:
         stage_seconds: thread-seconds by stage, as a summary has them.
         is_exact: images are decoded with the profile `exact`.
+        is_fp32: the network computes in fp32.
 
     Example:
         >>> busy = {"list": 0, "fetch": 2.0, "decode": 61.0, "predict": 30.0, "write": 1.0, "idle": 9.0}
-        >>> verdict(busy, is_exact=True)
+        >>> verdict(busy, is_exact=True, is_fp32=True)
         "decode-bound: 61 % of the compute threads' time is decoding; try --decode fast"
     """
     stage = bottleneck(stage_seconds)
@@ -33,7 +34,10 @@ def verdict(stage_seconds: Mapping[str, float], *, is_exact: bool) -> str:
     total = sum(stage_seconds[name] for name in ("decode", "predict", "idle"))
     what, hint = {
         "decode": ("decoding", "try --decode fast" if is_exact else "more cores would help"),
-        "predict": ("the network", "lower precision would help: --precision, infermill quantize"),
+        "predict": (
+            "the network",
+            "try less precision: --precision, infermill quantize" if is_fp32 else "more cores would help",
+        ),
         "fetch": ("waiting for objects", "a nearer or faster source would help"),
         "write": ("waiting for parts to be written", "a nearer or faster output would help"),
     }[stage]
