@@ -24,7 +24,8 @@ def test_the_bottleneck_is_what_the_others_wait_for(busy: dict[str, float], expe
     [
         (
             {"predict": 93.0, "idle": 2.0, "decode": 5.0, "fetch": 1.0, "write": 0.0},
-            "predict-bound: 93 % of the compute threads' time is the network; less precision or more cores would help",
+            "predict-bound: 93 % of the compute threads' time is the network; "
+            "try less precision: --precision, infermill quantize",
         ),
         (
             {"predict": 30.0, "idle": 9.0, "decode": 61.0, "fetch": 1.0, "write": 0.0},
