@@ -25,6 +25,8 @@ class Limits:
     limits: list[float] = field(default_factory=list)
     wholes: dict[str, list[float]] = field(default_factory=lambda: {profile: [] for profile in PROFILES})
     "By decode profile: images per second of the whole job, start-up included, as a share of the limit around it."
+    rates: dict[str, list[float]] = field(default_factory=lambda: {profile: [] for profile in PROFILES})
+    "The same of the rate after start-up."
 
 
 def measure(made: Material) -> str:
@@ -38,6 +40,9 @@ def measure(made: Material) -> str:
         for precision, card in made.cards.items()
         for profile in PROFILES
     }
+    other = Series(
+        job("infermill, fp32, exact, `--runtime onnxruntime`", made.cards["fp32"], "--runtime", "onnxruntime")
+    )
     ways, lacking = peer_ways(made.work / "resnet18.onnx", 224, made.peers)
     theirs = running = [Series(way) for way in ways]
     for number in range(made.rounds):
@@ -45,32 +50,49 @@ def measure(made: Material) -> str:
         for precision, card in made.cards.items():
             found = limits[precision]
             found.networks.append(network_rate(card))
+            folder, count = ("photos", made.photos) if precision == "fp32" else ("half", made.photos // 2)
             for profile in PROFILES:
                 series = ours[precision, profile]
                 start = ours[precision, "exact"].starts[-1] if profile == "fast" else None
-                series.measure(made, made.work / "twelve", made.work / "photos", made.photos, start)
+                series.measure(made, made.work / "twelve", made.work / folder, count, start)
                 if series.failed:
                     raise SystemExit(f"{series.way.name}: {series.failed}")
                 # Between two measurements of the network alone: the speed of a shared machine drifts.
                 found.networks.append(network_rate(card))
                 found.limits.append(1 / (2 / sum(found.networks[-2:]) + 1 / (cores * decodes[-1])))
-                found.wholes[profile].append(made.photos / series.wholes[-1] / found.limits[-1])
+                found.wholes[profile].append(count / series.wholes[-1] / found.limits[-1])
+                found.rates[profile].append(series.rates[-1] / found.limits[-1])
+        other.measure(made, made.work / "twelve", made.work / "half", made.photos // 2)
         for series in running:
             series.measure(made, made.work / "twelve", made.work / "few", made.few)
             print(f"    {series.way.name}: {series.failed or f'{series.rates[-1]:.1f} images/s'}", flush=True)
         running = best_of_each(theirs) if number == 0 else running
-    return "\n\n".join((_limit_table(made, limits, decodes), _peer_table(made, ours, theirs, ranked(running), lacking)))
+    return "\n\n".join(
+        (
+            _limit_table(made, limits, decodes),
+            _peer_table(made, [*ours.values(), other], theirs, ranked(running), lacking),
+        )
+    )
 
 
 def _limit_table(made: Material, limits: dict[str, Limits], decodes: list[float]) -> str:
     rows = []
     for precision, found in limits.items():
-        shares = [spread(found.wholes[profile], ".1%") for profile in PROFILES]
+        shares = [spread(of[profile], ".1%") for profile in PROFILES for of in (found.wholes, found.rates)]
         rows.append([precision, spread(found.networks, ".1f"), f"{median(found.limits):.1f}", *shares])
-    header = ["", "the network alone, images/s", "additive limit", "the whole job, exact", "… `--decode fast`"]
+    header = [
+        "",
+        "the network alone, images/s",
+        "additive limit",
+        "the whole job, exact",
+        "after start-up",
+        "… `--decode fast`",
+        "after start-up",
+    ]
     lacking = "".join(f"\n- {precision}: not measured: {reason}" for precision, reason in made.lacking.items())
     return (
-        f"{made.photos:,} photos of 500x375, ResNet-18. The whole job is everything from starting the command to its "
+        f"{made.photos:,} photos of 500x375 (half of them in less precision), ResNet-18. The whole job is everything "
+        "from starting the command to its "
         f"end, as a share of the additive limit `1 / (1/network + 1/(cores · decoding))`, medians of {made.rounds} "
         f"rounds (lowest to highest). Decoding JPEG alone: {spread(decodes, ',.0f')} images/s a core.\n\n"
         f"{table(header, rows)}\n{lacking}"
@@ -79,7 +101,7 @@ def _limit_table(made: Material, limits: dict[str, Limits], decodes: list[float]
 
 def _peer_table(
     made: Material,
-    ours: dict[tuple[str, str], Series],
+    ours: list[Series],
     theirs: list[Series],
     chosen: list[Series],
     lacking: dict[str, str],
@@ -88,7 +110,7 @@ def _peer_table(
     best = reference(made.work / "few", made.work / "resnet18.onnx", 224)
     against = chosen[0] if chosen else None
     rows = []
-    for series in (*ours.values(), *chosen):
+    for series in (*ours, *chosen):
         same = "" if series.out is None else f"{agreement(series.out, best):.1%}"
         ratio = times(series.rates, against.rates) if against else ""
         start, peak = spread(series.starts, ".2f"), f"{max(series.peaks_mb):,.0f} MB"
@@ -99,7 +121,8 @@ def _peer_table(
     notes = [*failures(theirs, lacking), *slower]
     return (
         f"Against the peers, the same photos and network, Parquet with the best five classes: infermill over "
-        f"{made.photos:,} photos, the peers over {made.few}; a rate is (N - 12) / (seconds of N - seconds of 12), of "
+        f"{made.photos:,} photos or half of them, the peers over {made.few}; a rate is "
+        "(N - 12) / (seconds of N - seconds of 12), of "
         "whole processes. The last column is how many photos have the best class that Pillow and ONNX Runtime in fp32 "
         f"give them, of {made.few}.\n\n"
         f"{table([*header, 'same top-1'], rows)}\n\n" + "\n".join(notes) + "\n\nPeers, pinned: " + "; ".join(versions())
