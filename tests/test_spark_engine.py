@@ -35,7 +35,7 @@ SETTINGS = {
     "spark.speculation.interval": "200ms",
     "spark.speculation.quantile": "0.5",
     # No other task of these tests takes so long.
-    "spark.speculation.minTaskRuntime": "4s",
+    "spark.speculation.minTaskRuntime": "10s",
     # Each attempt of what fails for good starts a Python of its own.
     "spark.task.maxFailures": "2",
 }
@@ -51,6 +51,9 @@ class Jobs:
     card: Path
 
     def run(self, source: Path, output: Path, display: Display = nullcontext, **settings: Any) -> Summary:
+        # Spark knows of those that the test before has killed, and that are back; and of the driver.
+        status = self.session.sparkContext._jsc.sc().getExecutorMemoryStatus  # type: ignore[union-attr]
+        wait_until(lambda: status().size() == 3)
         self.decoder.forget()
         options = replace(Options(partition_objects=4), **settings)
         return infermill.run(source, self.card, output, options, display=display, engine=self.session)

@@ -29,8 +29,8 @@ from infermill.types import Failure, ObjectRef, Stage
 
 Made = TypeVar("Made")
 MAX_BYTES_IN_FLIGHT = 64 << 20
-MAX_FETCHED = 64
-"Objects that wait to be decoded; more where there are many fetch threads."
+FETCHED = 4
+"So many objects wait to be decoded, for each fetch thread, and of those that a compute thread takes at once."
 # Partitions that are read and not yet taken by the caller: a slow caller, or one slow object, slows the rest down.
 OPEN_PARTITIONS = 16
 # At the end, what is left is shared: no thread has a whole batch to do while the others have none.
@@ -99,7 +99,7 @@ class _Pipeline:
         self._fetched: deque[Fetched[_Input]] = deque()
         self._decoded: deque[_Decoded] = deque()
         self._fetching, self._decoding, self._predicting = stages.fetch_threads, 0, 0
-        self._max_fetched = max(MAX_FETCHED, 4 * stages.fetch_threads)
+        self._max_fetched = FETCHED * stages.fetch_threads
         self._finished: queue.Queue[PartitionRows | BaseException | None] = queue.Queue()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -172,7 +172,7 @@ class _Pipeline:
 
     def _fetch_loop(self) -> None:
         packing, pace = Packing(self._budget, self._hand_over), Pace()
-        while inputs := self._take_inputs(pace.count):
+        while inputs := self._take_inputs(min(pace.count, self._max_fetched // (2 * self._stages.fetch_threads))):
             started, waited = time.perf_counter(), packing.waited_seconds
             for item in inputs:
                 data = self._guarded("fetch", item, self._stages.fetch, item.ref, packing.reserve)
@@ -223,6 +223,8 @@ class _Pipeline:
     def _next_work(self, objects: int, *, was_predicting: bool) -> _Work | None:
         """What is most worth doing: a batch to predict, or so many objects to decode; None at the end of all."""
         with self._lock:
+            # Who decodes slowly is not far ahead in fetching: other workers may have nothing to do.
+            self._max_fetched = FETCHED * max(self._stages.fetch_threads, objects)
             while not self._stopping.is_set():
                 self._meter.look(len(self._fetched), len(self._decoded))
                 can_predict = self._can_predict()

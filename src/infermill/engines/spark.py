@@ -52,7 +52,7 @@ _LONGEST_POLL_SECONDS = 30.0
 _SPREAD_SECONDS = 0.3
 PATIENCE_SECONDS = 60.0
 "Without an executor, until it is said that there is none; Spark itself waits for ever."
-_WRONG_PYTHON = re.compile(r"^ModuleNotFoundError|Cannot run program|PYTHON_VERSION_MISMATCH")
+_WRONG_PYTHON = re.compile(r".*(ModuleNotFoundError: |Cannot run program|PYTHON_VERSION_MISMATCH).*")
 logger = logging.getLogger("infermill")
 
 
@@ -255,9 +255,9 @@ class _Collected:
         if told is not None:
             raise told from None
         reason = first_line(error)
-        if _WRONG_PYTHON.search(reason):
+        if wrong_python := _WRONG_PYTHON.search(str(error)):
             raise InfermillError(
-                f"the Python of the executors cannot run Spark's tasks: {reason}",
+                f"the Python of the executors cannot run Spark's tasks: {wrong_python[0].strip()}",
                 f"name a Python 3.{sys.version_info.minor} that has what infermill depends on, as it is called there: "
                 "--conf spark.pyspark.python=…",
             ) from None
