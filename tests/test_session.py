@@ -388,7 +388,9 @@ def test_a_python_that_executors_cannot_use_is_refused(
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "bare"], check=True)
     if version:
         (site_packages,) = (folder / "bare").glob("lib/python*/site-packages")
-        (site_packages / "sitecustomize.py").write_text(f"import sys\nsys.version_info = {(*version, 0, 'final', 0)}\n")
+        kind = "namedtuple('version_info', 'major minor micro releaselevel serial')"
+        said_to_be = f"import sys\nfrom collections import namedtuple\nsys.version_info = {kind}"
+        (site_packages / "sitecustomize.py").write_text(f"{said_to_be}{(*version, 0, 'final', 0)}\n")
     python = f"spark.pyspark.python={folder / 'bare/bin/python'}"
     said = refused(folder, "--engine", "spark", "--master", "local[2]", "--conf", python)
     assert "error: the Python of the executors cannot run Spark's tasks: " in said
