@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py [--quick] [SECTION …] [--peers [NAME …]]
 
-`make bench` measures `photos` and `small`, in less than 30 minutes on two cores, `make bench-more` the rest. Before it,
+`make bench` measures `photos` and `small`, in about half an hour on two cores, `make bench-more` the rest. Before it,
 `python benchmarks/environments.py` installs the peers. With --quick everything is tiny and in one round, and the
 figures say nothing; they go to standard output, and nowhere else.
 """
