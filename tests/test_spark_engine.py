@@ -52,7 +52,7 @@ class Jobs:
 
     def run(self, source: Path, output: Path, display: Display = nullcontext, **settings: Any) -> Summary:
         # Spark knows of those that the test before has killed, and that are back; and of the driver.
-        status = self.session.sparkContext._jsc.sc().getExecutorMemoryStatus  # type: ignore[union-attr]
+        status = self.session.sparkContext._jsc.sc().getExecutorMemoryStatus
         wait_until(lambda: status().size() == 3)
         self.decoder.forget()
         options = replace(Options(partition_objects=4), **settings)
