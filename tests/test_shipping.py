@@ -1,9 +1,11 @@
 """How infermill reaches a Python worker, and how its errors come back; see test_spark.py, too."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from infermill.errors import InfermillError, ModelError, StoreError, UsageError
 from infermill.java import find_java
 from infermill.models.card import ModelCard
 from infermill.models.model import open_model
-from infermill.shipping import ShippedModel, errors_told, task, translated
+from infermill.shipping import ShippedModel, errors_told, ship_model, task, translated
 from infermill.spark import predict, register
 from infermill.types import StoreOptions
 from tests.clusters import StandaloneCluster
@@ -117,6 +119,26 @@ def test_shipped_models_are_equal_by_digest(tmp_path: Path) -> None:
     first, second = (open_model(tmp_path / name, StoreOptions()) for name in ("a.onnx", "b.onnx"))
     assert ShippedModel(first.digest, first) == ShippedModel(first.digest, second)
     assert ShippedModel(first.digest, first) != ShippedModel(second.digest, first)
+
+
+def test_a_model_is_packed_anew_for_another_card_of_the_same_digest(tmp_path: Path) -> None:
+    """As two versions of infermill write them, which share a cache."""
+
+    class Session:
+        def addArtifacts(self, path: str, **_: bool) -> None:  # noqa: N802 - as Spark's
+            self.path = path
+
+    network, cards = tiny_classifier(tmp_path / "tiny.onnx"), []
+    for name in ("one", "other"):
+        card = ModelCard.model_validate(
+            {"name": name, "files": {"onnx": str(network)}, "preprocess": {"resize": {"exact": [32, 32]}}}
+        )
+        session = Session()
+        shipped = ship_model(session, open_model(card, StoreOptions()), StoreOptions())
+        with zipfile.ZipFile(session.path) as packed:
+            cards.append((shipped.digest, json.loads(packed.read("model.json"))["card"]["name"]))
+    assert cards[0][0] == cards[1][0]
+    assert [name for _, name in cards] == ["one", "other"]
 
 
 def test_executors_get_infermill_and_a_local_model(

@@ -182,7 +182,9 @@ def ship_model(session: SparkSession, model: Model, store: StoreOptions) -> Ship
         return ShippedModel(model.digest, model)
     if isinstance(model.given, str) and _is_remote(locate(model.given).uri, model):
         return ShippedModel(model.digest, _Uri(locate(model.given).uri, store, model.card_options))
-    name = model.digest.removeprefix("sha256:")
+    # Another version may have packed it with a card that this one cannot read: its digest knows only what decides.
+    card = hashlib.sha256(model.card.model_dump_json().encode()).hexdigest()[:16]
+    name = f"{model.digest.removeprefix('sha256:')}-{card}"
     path = _shipping_folder() / f"infermill-model-{name}.zip"
     with cache_lock(name):
         if not path.exists():
