@@ -34,8 +34,8 @@ SETTINGS = {
     "spark.speculation": "true",
     "spark.speculation.interval": "200ms",
     "spark.speculation.quantile": "0.5",
-    # No other task of these tests takes so long.
-    "spark.speculation.minTaskRuntime": "10s",
+    "spark.speculation.minTaskRuntime": "6s",
+    "spark.speculation.multiplier": "1000",
     # Each attempt of what fails for good starts a Python of its own.
     "spark.task.maxFailures": "2",
 }
@@ -57,6 +57,14 @@ class Jobs:
         self.decoder.forget()
         options = replace(Options(partition_objects=4), **settings)
         return infermill.run(source, self.card, output, options, display=display, engine=self.session)
+
+    @contextmanager
+    def twins(self) -> Iterator[None]:
+        """Let slow tasks get twins; in other tests, those whose Python starts slowly would have them."""
+        conf = self.session.sparkContext._jsc.sc().conf()  # which each set of tasks reads at its start
+        conf.set("spark.speculation.multiplier", "2")
+        yield
+        conf.set("spark.speculation.multiplier", SETTINGS["spark.speculation.multiplier"])
 
     def forget_networks(self) -> None:
         """Let the executors start their Python anew."""
@@ -153,7 +161,7 @@ def test_a_task_that_hangs_gets_a_twin(
         stopped.append(jobs.cluster.infermill_workers()[0])
         os.kill(stopped[0], signal.SIGSTOP)
 
-    with in_the_middle_of(tmp_path / "out", stop):
+    with jobs.twins(), in_the_middle_of(tmp_path / "out", stop):
         summary = jobs.run(slow_photos, tmp_path / "out", show_progress)
     check(tmp_path / "out", summary, expected)
     wait_until(lambda: not psutil.pid_exists(stopped[0]))  # it ends with its attempt, which comes second

@@ -186,7 +186,7 @@ def candidates(
 
     Example:
         >>> candidates(Setting(2, 8), 2, row_seconds=0.02, load_seconds=0.5, most_rows=64)
-        [Setting(streams=2, batch_size=4)]
+        [Setting(streams=2, batch_size=16)]
         >>> candidates(Setting(2, 8), 2, row_seconds=0.2, load_seconds=2.0, most_rows=64)
         []
     """
