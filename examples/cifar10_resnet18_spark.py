@@ -37,4 +37,7 @@ def main(
 
 
 if __name__ == "__main__":
-    cyclopts.run(main)
+    try:
+        cyclopts.run(main)
+    except infermill.InfermillError as error:
+        sys.exit(f"error: {error}")

@@ -85,11 +85,15 @@ def _local_file(place: Location, kind: FileKind) -> Path:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{kind.what} {path} does not exist", "paths in a card are relative to the card") from None
+        raise ModelError(
+            f"{kind.what} {path} does not exist", "check the path; those in a card are relative to the card"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise unreadable(kind, path, error) from None
     if not stat.S_ISREG(status.st_mode):
-        raise ModelError(f"{kind.what} {path} is not a file", "paths in a card are relative to the card")
+        raise ModelError(
+            f"{kind.what} {path} is not a file", "check the path; those in a card are relative to the card"
+        )
     _check_size(kind, str(path), status.st_size)
     return path
 
