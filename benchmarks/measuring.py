@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 
 MEMORY_EVERY_SECONDS = 0.1
+LONGEST_SECONDS = 600.0
+"What has not ended by then is killed, and has failed: a peer that waits for a worker which does not start, say."
 
 
 def machine() -> str:
@@ -58,13 +60,17 @@ def run_child(*command: str, **environment: str) -> Child:
     """Run a command to its end.
 
     Raises:
-        ChildError: it ended with another exit code than 0.
+        ChildError: it ended with another exit code than 0, or not in time.
     """
     before, started = _children_cpu_seconds(), time.perf_counter()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | environment)
         peak_bytes = 0
         while process.poll() is None:
+            if time.perf_counter() - started > LONGEST_SECONDS:
+                _kill(psutil.Process(process.pid))
+                process.wait()
+                raise ChildError(f"it did not end within {LONGEST_SECONDS:.0f} s")
             with suppress(psutil.NoSuchProcess):
                 peak_bytes = max(peak_bytes, _memory_bytes(psutil.Process(process.pid)))
             with suppress(subprocess.TimeoutExpired):
@@ -76,6 +82,12 @@ def run_child(*command: str, **environment: str) -> Child:
             raise ChildError(f"exit code {process.returncode}: {_reason(err.read().decode(errors='replace'))}")
         cpu_seconds = _children_cpu_seconds() - before
         return Child(out.read().decode(), seconds, cpu_seconds, peak_bytes / 1e6)
+
+
+def _kill(process: psutil.Process) -> None:
+    for one in [*process.children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def _reason(told: str) -> str:
