@@ -63,8 +63,10 @@ class Jobs:
         """Let slow tasks get twins; in other tests, those whose Python starts slowly would have them."""
         conf = self.session.sparkContext._jsc.sc().conf()  # which each set of tasks reads at its start
         conf.set("spark.speculation.multiplier", "2")
-        yield
-        conf.set("spark.speculation.multiplier", SETTINGS["spark.speculation.multiplier"])
+        try:
+            yield
+        finally:
+            conf.set("spark.speculation.multiplier", SETTINGS["spark.speculation.multiplier"])
 
     def forget_networks(self) -> None:
         """Let the executors start their Python anew."""

@@ -39,6 +39,7 @@ NETWORK = FileKind("the network")
 SYMBOL = FileKind("the symbol", "a symbol is the JSON file that MXNet saves as PREFIX-symbol.json", 16 << 20)
 PARAMS = FileKind("the parameters", "parameters are what MXNet saves as PREFIX-0000.params")
 ARCHIVE = FileKind("the archive")
+PATH_HINT = "check the path; those in a card are relative to the card"
 
 
 def beside(base: Location, name: str) -> Location:
@@ -85,15 +86,11 @@ def _local_file(place: Location, kind: FileKind) -> Path:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(
-            f"{kind.what} {path} does not exist", "check the path; those in a card are relative to the card"
-        ) from None
+        raise ModelError(f"{kind.what} {path} does not exist", PATH_HINT) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise unreadable(kind, path, error) from None
     if not stat.S_ISREG(status.st_mode):
-        raise ModelError(
-            f"{kind.what} {path} is not a file", "check the path; those in a card are relative to the card"
-        )
+        raise ModelError(f"{kind.what} {path} is not a file", PATH_HINT)
     _check_size(kind, str(path), status.st_size)
     return path
 
