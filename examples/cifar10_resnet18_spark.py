@@ -3,7 +3,7 @@
     python examples/cifar10_resnet18_spark.py s3://bucket/cifar10/test/ resnet-18 s3://bucket/predictions/ \
         --labels synset.txt --master spark://head:7077
 
-docs/recipe-2017.md tells how the images get there. Run it again after an interruption: it goes on where it stopped.
+docs/recipe-2017.md tells how the images get there. Run again after an interruption, it goes on where it stopped.
 """
 
 import sys
@@ -24,13 +24,10 @@ def main(
     conf: tuple[str, ...] = (),
     side: int = 224,
 ) -> None:
-    # The recipe stretched images of 32x32 to what the network was trained with, by Pillow's ANTIALIAS.
     card = infermill.CardOptions(labels=labels, exact=(side, side), filter="lanczos", top_k=5)
     summary = infermill.run(source, model, output, infermill.Options(engine="spark", master=master, conf=conf), card)
     for row in next(infermill.read_batches(output)).slice(0, 10).to_pylist():
-        print(row["key"])
-        if row["error"]:
-            print(f"    {row['error']['code']}: {row['error']['message']}")
+        print(row["key"] if row["error"] is None else f"{row['key']}: {row['error']['message']}")
         for best in row["top"] or ():
             print(f"    probability={best['score']:f}, class={best['label']}")
     print(f"{summary.ok} of {summary.planned} images predicted by {summary.workers} executors", file=sys.stderr)
