@@ -27,7 +27,7 @@ def main(
     card = infermill.CardOptions(labels=labels, exact=(side, side), filter="lanczos", top_k=5)
     summary = infermill.run(source, model, output, infermill.Options(engine="spark", master=master, conf=conf), card)
     for row in next(infermill.read_batches(output)).slice(0, 10).to_pylist():
-        print(row["key"] if row["error"] is None else f"{row['key']}: {row['error']['message']}")
+        print(row["key"] if row["error"] is None else f"{row['key']} {row['error']['code']}: {row['error']['message']}")
         for best in row["top"] or ():
             print(f"    probability={best['score']:f}, class={best['label']}")
     print(f"{summary.ok} of {summary.planned} images predicted by {summary.workers} executors", file=sys.stderr)

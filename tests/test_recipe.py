@@ -126,14 +126,12 @@ def test_the_page_runs_as_it_is_written(page: Page) -> None:
     assert np.mean(found[0] == expected[0]) > 0.999
     assert len(np.unique(found[0][:, 0])) > 3
 
-    printed = re.split(r"^(\S+)$\n", example.stdout, flags=re.MULTILINE)[1:]
-    assert printed[::2] == keys[:10]
-    for row, text in zip(rows.slice(0, 10).to_pylist(), printed[1::2], strict=True):
-        if row["error"]:
-            assert text == "    unsupported: " + row["error"]["message"] + "\n"
-        else:
-            best = [(f"{one['score']:f}", one["label"]) for one in row["top"]]
-            assert re.findall(r"^    probability=(\S+), class=(\S+)$", text, re.MULTILINE) == best
+    printed = re.split(r"^(\S+\.png)(.*)\n", example.stdout, flags=re.MULTILINE)[1:]
+    assert printed[::3] == keys[:10]
+    for row, failure, text in zip(rows.slice(0, 10).to_pylist(), printed[1::3], printed[2::3], strict=True):
+        assert failure == (f" {row['error']['code']}: {row['error']['message']}" if row["error"] else "")
+        best = [(f"{one['score']:f}", one["label"]) for one in row["top"] or ()]
+        assert re.findall(r"^    probability=(\S+), class=(\S+)$", text, re.MULTILINE) == best
 
     labels = np.delete(pictures(IMAGES, 0)[1], BROKEN)
     assert page.snippet() == f"{np.mean(found[0][:, 0] == labels):.2%} of {IMAGES - 1} images\n"
