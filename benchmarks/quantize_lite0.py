@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from infermill.decode.image import image_decoder
 from infermill.demo import prepare_demo
-from infermill.models.card import ModelCard, read_card
+from infermill.models.card import ModelCard
+from infermill.models.card_file import read_card
 from infermill.models.model import open_model
 from infermill.quantize import TARGET, Quantization, quantize
 from infermill.runtimes import Predictor, load

@@ -239,7 +239,7 @@ def test_a_mistake_is_one_line_and_a_hint(work: Path, arguments: list[str], code
 
 
 def test_help_needs_none_of_the_heavy_libraries(work: Path) -> None:
-    script = "import sys; sys.argv = ['infermill', '--help']\nfrom infermill.cli import main\ntry: main()\n"
+    script = "import sys; sys.argv = ['infermill', '--help']\nfrom infermill.__main__ import main\ntry: main()\n"
     script += "finally: print([m for m in ('numpy','pyarrow','pydantic','onnx','openvino') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=work, check=True)
     assert done.stdout.endswith("[]\n")

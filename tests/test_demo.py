@@ -20,7 +20,7 @@ from PIL import Image
 from infermill.demo import PHOTOS, DemoFiles, demo, prepare_demo
 from infermill.errors import JobMismatchError, ModelError, UsageError
 from infermill.job import run
-from infermill.models.card import read_card
+from infermill.models.card_file import read_card
 from infermill.models.lite0 import lite0_onnx
 from infermill.predict import Label, load_model
 from infermill.rows import read

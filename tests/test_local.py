@@ -17,6 +17,7 @@ from PIL import Image
 
 import infermill
 from infermill import Options
+from infermill.engines.local import start, start_early
 from infermill.meter import Meter
 from tests.images import jpeg_bytes, photo
 from tests.networks import tiny_classifier
@@ -211,6 +212,18 @@ def test_workers_end_with_the_job(photos: Path, card: Path, tmp_path: Path) -> N
     before = set(psutil.Process().children())
     write(photos, 3, {})
     infermill.run(photos, card, tmp_path / "out", Options(workers=2))
+    assert set(psutil.Process().children()) == before
+
+
+def test_a_worker_that_is_started_early_does_the_job(photos: Path, card: Path, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    start_early()
+    (early,) = set(psutil.Process().children()) - before
+    write(photos, 3, {})
+    with start(Options(workers=2)) as engine:
+        assert early in set(psutil.Process().children())
+        assert len(set(psutil.Process().children()) - before) == 2
+        assert infermill.run(photos, card, tmp_path / "out", Options(workers=1), engine=engine).ok == 3
     assert set(psutil.Process().children()) == before
 
 

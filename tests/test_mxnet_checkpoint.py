@@ -14,7 +14,8 @@ import pytest
 import infermill
 from infermill.errors import ModelError, UsageError
 from infermill.models.bundle import current_digest, pack, unpack
-from infermill.models.card import Files, read_card
+from infermill.models.card import Files
+from infermill.models.card_file import read_card
 from infermill.models.conversion import convert_model
 from infermill.models.inspection import inspect_model
 from infermill.models.model import Model, open_model

@@ -16,7 +16,7 @@ from PIL import Image
 
 from infermill.errors import ModelError, SourceError, UsageError
 from infermill.job import run
-from infermill.models.card import read_card
+from infermill.models.card_file import read_card
 from infermill.models.model import open_model
 from infermill.predict import load_model
 from infermill.quantize import quantize

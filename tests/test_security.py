@@ -15,7 +15,7 @@ import pytest
 
 import infermill
 from infermill.errors import ModelError, UsageError
-from infermill.models.card import read_card
+from infermill.models.card_file import read_card
 from infermill.models.executable import executable
 from infermill.models.model import open_model
 from infermill.types import CardOptions, StoreOptions

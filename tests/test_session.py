@@ -247,7 +247,7 @@ def refused(
     exit_codes: Sequence[int] = (1, 2),
 ) -> str:
     """What a command says that cannot run, without its first words."""
-    program = [sys.executable, "-c", f"{python}\nfrom infermill.cli import main; main()"] if python else COMMAND
+    program = [sys.executable, "-c", f"{python}\nfrom infermill.__main__ import main; main()"] if python else COMMAND
     done = subprocess.run(
         [*program, *RUN, *flags],
         cwd=folder,

@@ -13,6 +13,7 @@ from PIL import Image
 import infermill
 from infermill.choices import MAX_TRIES, Choices
 from infermill.errors import ModelError
+from infermill.jobspec import Job
 from infermill.meter import Meter
 from infermill.models.card import parse_card
 from infermill.models.model import Model, open_model
@@ -34,7 +35,7 @@ from infermill.tuning import (
     load_tuned,
 )
 from infermill.types import Assignment, Options, RuntimeName
-from infermill.worker import Job, run_partitions
+from infermill.worker import run_partitions
 from tests.networks import pictures, tiny_classifier, tiny_detector, tiny_tabular
 
 LONG = Work(10**9)

@@ -16,6 +16,7 @@ from infermill.errors import BadInputError, SourceError, UsageError
 from infermill.estimation import Sample
 from infermill.evidence import Differences, Evidence, answers, differences, evidence_of, joined
 from infermill.job import empty_source, tell_assumptions
+from infermill.jobspec import suffixes_of
 from infermill.layers import Deviation, Layer, deviation, first_difference
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
@@ -26,7 +27,7 @@ from infermill.runtimes import Arrays, Batch, Predictor
 from infermill.sources import list_source, rereadable
 from infermill.stages import Stages
 from infermill.types import CardOptions, ObjectRef, Options, RuntimeName
-from infermill.worker import load_predictor, network_of, stages_of, suffixes_of
+from infermill.worker import load_predictor, network_of, stages_of
 
 INPUTS = 64
 TOLERANCE = 1e-4

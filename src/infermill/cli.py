@@ -3,11 +3,7 @@
 import dataclasses
 import json as jsonlib
 import logging
-import os
-import sys
-from io import TextIOWrapper
 from pathlib import Path
-from threading import Thread
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -15,7 +11,6 @@ from cyclopts.validators import mutually_exclusive
 
 from infermill import __version__
 from infermill.errors import BudgetError, EvidenceError, InfermillError, UsageError
-from infermill.imports import leave_out_pandas
 from infermill.types import RETRYABLE, CardOptions, DatasetHome, EngineName, Options, RuntimeName, Split, StoreOptions
 
 app = App(
@@ -44,8 +39,6 @@ Output = Annotated[str, Parameter(help="The folder or URI that `run` wrote to.")
 NO_OPTIONS = Options()
 NO_STORE_OPTIONS = StoreOptions()
 NO_CARD_OPTIONS = CardOptions()
-INTERRUPTED = 130
-_POLL_SECONDS = 0.1
 
 
 @app.command
@@ -292,30 +285,8 @@ def demo() -> int:
     return run_demo()
 
 
-def main() -> None:
-    """Run the command line, and exit: 0 done, 1 failed, 2 bad usage, 3 over a budget or under a gate, 130 stopped."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    leave_out_pandas()
-    codes = [1]  # what an unforeseen exception, whose traceback has been printed, leaves
-    # Not in the main thread: that must be free to see Ctrl-C while a store or the network holds the command.
-    command = Thread(target=lambda: codes.insert(0, _run_command()), name="command", daemon=True)
-    command.start()
-    try:
-        while command.is_alive():
-            command.join(_POLL_SECONDS)  # a signal may reach another thread, which does not wake this one
-    except KeyboardInterrupt:
-        from infermill.progress import hide
-
-        # A job survives a crash at any moment, so this is one: no thread is waited for.
-        hide()
-        _complain(InfermillError("stopped", "finished parts stay: `infermill run` with the same arguments resumes"))
-        _exit_now(INTERRUPTED)
-    sys.exit(codes[0])
-
-
-def _run_command() -> int:
+def run_command() -> int:
+    """Run what the command line says: 0 done, 1 failed, 2 bad usage, 3 over a budget or under a gate."""
     try:
         return app(exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
@@ -324,12 +295,6 @@ def _run_command() -> int:
         return _complain(error)
     except BrokenPipeError:
         return 1
-
-
-def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _log_to_stderr() -> None:

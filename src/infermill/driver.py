@@ -11,6 +11,7 @@ from typing import Any
 
 from infermill.budget import Budget
 from infermill.engines import Engine
+from infermill.jobspec import Job
 from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.output import SUCCESS_FILE, Output
@@ -18,7 +19,6 @@ from infermill.plan import Revision
 from infermill.record import FOLDER, Record, differing_totals, read_record, totals_of
 from infermill.types import Options, PartitionReport, Summary
 from infermill.verdict import verdict
-from infermill.worker import Job
 
 NO_REVISION = Revision.write([])
 logger = logging.getLogger("infermill")

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from infermill.budget import Budget
 from infermill.job import empty_source, tell_assumptions
+from infermill.jobspec import check_options, suffixes_of
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import open_model
@@ -19,7 +20,7 @@ from infermill.sources import list_source, rereadable
 from infermill.stages import Share
 from infermill.tuning import Work
 from infermill.types import CardOptions, ObjectRef, Options
-from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of, waiting_rows
+from infermill.worker import load_predictor, network_of, stages_of, waiting_rows
 
 PROBE_OBJECTS = 64
 

@@ -1,30 +1,27 @@
-"""Doing without pandas, in processes that are infermill's own.
+"""Doing without what other libraries import for cases that do not come up, in processes that are infermill's own.
 
-Where pandas is installed, Arrow imports it to know objects of it when it sees them: half a second and 40 MB, for
-objects that do not come up here.
+Where pandas is installed, Arrow imports it to know objects of it when it sees them: half a second and 40 MB. OpenVINO
+imports its converters of networks, which takes longer than all of its runtime.
 """
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+
+LEFT_OUT = {"pandas", "openvino.tools"}
 
 
-class _WithoutPandas(MetaPathFinder):
-    def find_spec(
-        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name == "pandas":
-            raise ModuleNotFoundError("pandas is left out here", name=name)
-        return None
+class _Without:
+    @staticmethod
+    def find_spec(name: str, _path: Sequence[str] | None = None, _target: object = None) -> None:
+        if name in LEFT_OUT:
+            raise ModuleNotFoundError(f"{name} is left out here", name=name)
 
 
-def leave_out_pandas() -> None:
-    """Let `import pandas` fail in this process."""
-    sys.meta_path.insert(0, _WithoutPandas())
+def leave_out() -> None:
+    """Let the import of pandas, and of OpenVINO's converters, fail in this process."""
+    sys.meta_path.insert(0, _Without)
 
 
-def allow_pandas() -> None:
-    """Let it succeed again: Spark Connect needs it."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WithoutPandas)]
+def leave_out_no_more() -> None:
+    """Let it succeed again: Spark Connect needs pandas."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _Without]

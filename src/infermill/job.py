@@ -21,6 +21,7 @@ from infermill.changes import Changes, failed_rows
 from infermill.driver import Driver
 from infermill.engines import Engine
 from infermill.errors import SourceError, StoreError, UsageError
+from infermill.jobspec import check_options, suffixes_of
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.model import Model, open_model
@@ -44,7 +45,6 @@ from infermill.refresh import refresher
 from infermill.runtimes import check_runtime
 from infermill.sources import list_source, rereadable
 from infermill.types import RETRYABLE, CardOptions, FailureCode, Options, Summary
-from infermill.worker import check_options, suffixes_of
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -32,8 +32,10 @@ from infermill.evidence import (
     joined,
 )
 from infermill.job import empty_source, tell_assumptions
+from infermill.jobspec import check_options, suffixes_of
 from infermill.meter import Meter
-from infermill.models.card import Accuracy, CardEvidence, Files, ModelCard, write_card
+from infermill.models.card import Accuracy, CardEvidence, Files, ModelCard
+from infermill.models.card_file import write_card
 from infermill.models.conversion import create_new
 from infermill.models.inspection import card_beside
 from infermill.models.model import Model, open_card, open_model
@@ -47,7 +49,7 @@ from infermill.sources import list_source, rereadable
 from infermill.stages import Stages
 from infermill.stores import STORE_ERRORS, explain, locate, open_store
 from infermill.types import CardOptions, Label, ObjectRef, Options
-from infermill.worker import check_options, load_predictor, network_of, stages_of, suffixes_of
+from infermill.worker import load_predictor, network_of, stages_of
 
 OBJECTS = 800
 TARGET = 0.99

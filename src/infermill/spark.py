@@ -31,6 +31,7 @@ except ImportError as error:
     ) from None
 
 from infermill.column import ColumnJob, load_batch_predict, predict_column
+from infermill.jobspec import check_options
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.fit import chosen_outputs
@@ -42,7 +43,7 @@ from infermill.runtimes import check_runtime
 from infermill.shipping import runs_here, ship_code, ship_model, task
 from infermill.stores import locate
 from infermill.types import CardOptions, Options
-from infermill.worker import check_options, load_predictor
+from infermill.worker import load_predictor
 
 __all__ = ["InfermillTransformer", "make_predict_fn", "predict", "register"]
 

@@ -9,16 +9,15 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infermill.decode.image import Row, image_decoder, prepare_array
 from infermill.decode.tensor import tensor_decoder, to_row
-from infermill.errors import BadInputError, StoreError, UsageError
+from infermill.errors import BadInputError, StoreError
 from infermill.fetch import fetcher
-from infermill.hosts import AllowList
+from infermill.jobspec import Job, check_options
 from infermill.limits import usable_cores
 from infermill.members import member_fetcher
 from infermill.meter import Meter
@@ -29,15 +28,14 @@ from infermill.output import PLAN_FOLDER, Output
 from infermill.parts import rows_table
 from infermill.patience import has_answered
 from infermill.pipeline import run_pipeline
-from infermill.plan import PlanInfo, Revision, partition_reader
+from infermill.plan import Revision, partition_reader
 from infermill.predictions import TaskRows, infer, needs_sizes
-from infermill.runtimes import MODULES, Predictor
-from infermill.sources import IMAGE_SUFFIXES, TENSOR_SUFFIXES
+from infermill.runtimes import Predictor
 from infermill.sources.cifar import name_of
 from infermill.sources.shards import label_type
 from infermill.stages import Network, PartitionRows, Share, Stages, Watch, unwatched
 from infermill.tuning import Work, load_tuned
-from infermill.types import Assignment, DecodeProfile, ObjectRef, Options, PartitionReport, Source
+from infermill.types import Assignment, ObjectRef, Options, PartitionReport, Source
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -48,29 +46,6 @@ WRITE_THREADS = 2
 # What one core decodes while the other one loads the network.
 DECODED_BYTES = 64 << 20
 NO_WORK = Work()
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """All that a worker must know: small, picklable, and the same for every worker."""
-
-    source: Source
-    model: Model
-    output: str
-    options: Options
-    plans: tuple[PlanInfo, ...]
-    "The plan that the job was started with, and those that were appended; their partitions are numbered on."
-    revision: str | None = None
-    "The file of the rows that are predicted again."
-    profile: str | None = None
-    "The folder in the output for what the threads of each worker did and when."
-    todo: int = 0
-    "The objects of this run, for each of its workers; 0: not known."
-
-    @property
-    def notes(self) -> dict[str, str]:
-        """What tells this job's parts from those of others; written into each."""
-        return {"plan": self.plans[0].plan_id, "digest": self.model.digest}
 
 
 class LoadedNetwork:
@@ -183,32 +158,12 @@ def _revision_and_refs(job: Job, output: Output) -> tuple[Revision, Callable[[in
     return revision, lambda number: (revision.refs if number in revision else planned)(number)
 
 
-def suffixes_of(model: Model) -> tuple[str, ...]:
-    """What the names of a model's inputs end in, where nobody says it."""
-    return TENSOR_SUFFIXES if model.card.preprocess is None else IMAGE_SUFFIXES
-
-
 def load_predictor(model: Model, options: Options, meter: Meter, work: Work = NO_WORK) -> tuple[Predictor, TaskRows]:
     """Load the network, with streams and a batch that suit the work and the machine."""
     check_options(options)
     loaded = load_tuned(model, options, _threads(options), work)
     meter.loaded()
     return loaded
-
-
-def check_options(options: Options) -> None:
-    """Raise UsageError where a number cannot be right."""
-    for name in ("limit", "workers", "threads", "batch", "max_pixels", "partition_objects", "partition_bytes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "leave it out for the default")
-    if not 0 < options.item_timeout < float("inf"):
-        raise UsageError(f"--item-timeout {options.item_timeout} is no number of seconds", "leave it out for 300")
-    if options.runtime not in MODULES:
-        raise UsageError(f"there is no runtime {options.runtime!r}", f"choose one of {', '.join(MODULES)}")
-    if options.decode not in get_args(DecodeProfile):
-        raise UsageError(f"there is no decode profile {options.decode!r}", "choose exact or fast")
-    AllowList(options.allow_host)
 
 
 def network_of(predictor: Predictor, tasks: TaskRows) -> Network:

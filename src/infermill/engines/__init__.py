@@ -7,14 +7,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from infermill.errors import UsageError
-from infermill.imports import allow_pandas
+from infermill.imports import leave_out_no_more
 from infermill.meter import Meter
 from infermill.types import EngineName, Options, PartitionReport
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from infermill.worker import Job  # not here: engines are imported first, to start their workers soon
+    from infermill.jobspec import Job  # not here: engines are imported first, to start their workers soon
 
 Engine = Callable[["Job", Sequence[int], Meter], Iterator[PartitionReport]]
 "Runs the partitions of a job that are named, and yields a report when the part of each is there."
@@ -69,7 +69,7 @@ def on_session(session: "SparkSession", options: Options) -> Engine:
 
 def _module(name: EngineName) -> ModuleType:
     if name == "spark":
-        allow_pandas()
+        leave_out_no_more()
     try:
         return importlib.import_module(MODULES[name])
     except ImportError as error:

@@ -20,13 +20,14 @@ from typing import Literal
 
 from infermill.engines.messages import Ask, Done, Raised, Said, Task
 from infermill.errors import InfermillError, RuntimeDiedError
-from infermill.imports import leave_out_pandas
+from infermill.imports import leave_out
+from infermill.jobspec import Job
 from infermill.journal import Journal
 from infermill.meter import Meter
 from infermill.runtimes import MODULES
 from infermill.trace import Trace
 from infermill.types import Assignment
-from infermill.worker import Job, LoadedNetwork, run_partitions, trust_stores, try_each
+from infermill.worker import LoadedNetwork, run_partitions, trust_stores, try_each
 
 TELL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -111,7 +112,7 @@ def _die_with_driver() -> None:
 def main() -> None:
     """Run the worker whose connection and journal are open as the file descriptors in the arguments."""
     connection, journal, runtime = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    leave_out_pandas()
+    leave_out()
     _die_with_driver()
     driver = _Driver(Connection(connection))
     logging.getLogger("infermill").addHandler(_Log(driver))
@@ -125,6 +126,7 @@ def _work(driver: _Driver, journal: Journal, runtime: str) -> None:
     """Do one task after the other, with the network loaded once, until one fails or the driver ends."""
     with suppress(Exception):  # loading the network will say it
         importlib.import_module(MODULES[runtime])  # type: ignore[index]
+    importlib.import_module("numpy.ma")  # Arrow does it where it meets the first array; here there is time
     network = LoadedNetwork()
     try:
         while True:

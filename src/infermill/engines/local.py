@@ -31,7 +31,7 @@ from infermill.meter import Counts, Meter
 from infermill.types import Assignment, Failure, FailureCode, Options, PartitionReport
 
 if TYPE_CHECKING:
-    from infermill.worker import Job  # not here: this module is imported first, to start the workers soon
+    from infermill.jobspec import Job  # not here: this module is imported first, to start the workers soon
 
 MAX_DEATHS = 3
 "Of workers in a row without a finished partition or a culprit in between, before the job stops."
@@ -42,6 +42,15 @@ _MAIN = "from infermill.engines.child import main; main()"
 Place = tuple[int, int]
 "A partition and a row in it."
 logger = logging.getLogger("infermill")
+_early: "list[_Child]" = []
+
+
+def start_early() -> None:
+    """Start a worker with the default runtime, for the first job of this process, whose options are not known yet.
+
+    It ends with this process, or with the thread that calls this.
+    """
+    _early.append(_Child(Options(), {}))
 
 
 @contextmanager
@@ -73,7 +82,10 @@ class _Workers:
         self._spawner = ThreadPoolExecutor(1, "spawn")
 
     def start(self) -> None:
-        for _ in range(self._options.workers):
+        if not self._environment:
+            self._idle, self._children = _early[: self._options.workers], list(_early)
+            _early.clear()
+        while len(self._idle) < self._options.workers:
             self._idle.append(self._spawn())
 
     def run(self, job: "Job", ids: Sequence[int], meter: Meter) -> Iterator[PartitionReport]:

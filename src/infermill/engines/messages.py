@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from infermill.worker import Job  # which imports all that a worker needs, and a driver does not
+    from infermill.jobspec import Job  # not here: with engines, which start their workers soon
 
 
 @dataclass(frozen=True, slots=True)

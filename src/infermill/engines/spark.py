@@ -31,13 +31,13 @@ from infermill import shipping
 from infermill.engines import Engine, spark_task
 from infermill.errors import InfermillError, UsageError
 from infermill.hosts import is_web
+from infermill.jobspec import Job
 from infermill.meter import Counts, Meter
 from infermill.output import PLAN_FOLDER, Output
 from infermill.plan import partition_reader
 from infermill.session import first_line, local_cores, spark_session
 from infermill.stores import locate, place_of
 from infermill.types import Options, PartitionReport
-from infermill.worker import Job
 
 TASKS_PER_SLOT = 3
 "So that an executor which is slower than others gets less to do."

@@ -24,6 +24,7 @@ from pyspark import TaskContext
 from infermill import __version__, shipping
 from infermill.engines import Engine, local
 from infermill.errors import StoreError
+from infermill.jobspec import Job
 from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.output import JOB_FILE, Output
@@ -31,7 +32,7 @@ from infermill.record import FOLDER
 from infermill.shipping import ShippedModel
 from infermill.task_resources import task_cores, task_devices, visible_gpus
 from infermill.types import Options
-from infermill.worker import Job, trust_stores
+from infermill.worker import trust_stores
 
 RUNNING_FOLDER = f"{FOLDER}/running"
 _engines: dict[tuple[object, ...], Engine] = {}

@@ -1,4 +1,4 @@
-"""The model card: everything that a prediction depends on, in one file."""
+"""The model card: everything that a prediction depends on."""
 
 import difflib
 import hashlib
@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml.constructor import ConstructorError
 
 from infermill.errors import ModelError
 from infermill.types import DetectionFormat, Precision, Task
@@ -24,32 +22,10 @@ TENSOR_DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Pixels = Annotated[int, Field(ge=1, le=65_535)]
 HeightWidth = tuple[Pixels, Pixels]
 PerChannel = tuple[float, float, float]
-
-
+MAX_CARD_BYTES = 1 << 20
 DETECTION_FIELDS = {
     "format", "names", "coordinates", "corners", "score_threshold", "iou_threshold", "max_detections",
 }  # fmt: skip
-MAX_CARD_BYTES = 1 << 20
-# PyYAML's own, and what it lets through where a scalar or a nesting is not what its tag or Python can take.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
-
-
-MAX_SCALAR_CHARS = 4096
-
-
-class _CardLoader(yaml.SafeLoader):
-    """YAML less what lets a small file cost much: merge keys, which multiply, and endless numbers."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise ConstructorError(None, None, "a model card has no merge keys (`<<`)", key.start_mark)
-        super().flatten_mapping(node)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        if len(node.value) > MAX_SCALAR_CHARS:
-            raise ConstructorError(None, None, f"a value is longer than {MAX_SCALAR_CHARS} characters", node.start_mark)
-        return super().construct_scalar(node)
 
 
 class _Strict(BaseModel):
@@ -305,36 +281,6 @@ def _fields(card: type[BaseModel], prefix: str = "") -> Iterator[str]:
         for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, _Strict):
                 yield from _fields(kind, f"{prefix}{name}.")
-
-
-def read_card(path: Path) -> ModelCard:
-    """Read a card from a local YAML file of at most 1 MiB.
-
-    Raises:
-        ModelError: the file cannot be read, is not YAML, or is no card.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CARD_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
-    if len(content) > MAX_CARD_BYTES:
-        raise ModelError(f"{path} is larger than 1 MiB", "a model card is a short YAML file; pass the network as .onnx")
-    try:
-        data = yaml.load(content.decode(), _CardLoader)  # noqa: S506 - a SafeLoader
-    except _YAML_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{path} is not YAML: {reason}", "see docs/model-card.md for an example") from None
-    return parse_card(data, str(path))
-
-
-def write_card(card: ModelCard) -> str:
-    """The card as YAML, without the fields that keep their default."""
-    data = card.model_dump(mode="json", exclude_defaults=True)
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
-    if "\x85" in text:  # PyYAML writes this line break unquoted, and reads it back as a space
-        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
-    return text
 
 
 def card_schema() -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from infermill.durable import create_durably
 from infermill.errors import UsageError
-from infermill.models.card import Files, write_card
+from infermill.models.card import Files
+from infermill.models.card_file import write_card
 from infermill.models.fit import check_network
 from infermill.models.inspection import card_beside, write_new
 from infermill.models.model import open_card, read_labels

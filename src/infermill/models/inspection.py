@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from infermill.errors import ModelError, UsageError
-from infermill.models.card import ModelCard, write_card
+from infermill.models.card import ModelCard
+from infermill.models.card_file import write_card
 from infermill.models.files import beside
 from infermill.models.fit import check_network
 from infermill.models.model import open_card, read_labels

@@ -1,6 +1,6 @@
 """A model that is ready to be loaded: its card, with every file on this machine, checked against each other.
 
-What reads MXNet's checkpoints is imported where one is opened, and not before: it is a third of this package.
+What reads cards and MXNet's checkpoints is imported where one is opened: a worker gets a model that is open.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from infermill.errors import ModelError
-from infermill.models.card import HeightWidth, ModelCard, digest_of, parse_card, read_card
+from infermill.models.card import HeightWidth, ModelCard, digest_of, parse_card
 from infermill.models.files import CARD, LABELS, SYMBOL, beside, file_here, name_of, network_here, unreadable
 from infermill.models.fit import check_network
 from infermill.models.guess import Known, check_image_options, guess_card
@@ -129,6 +129,8 @@ def open_card(model: str | os.PathLike[str] | ModelCard, store: StoreOptions, gi
         _check_epoch(given, name_of(base))
         return _guessed(network_here(base, store), base, given)
     if suffix in CARD_SUFFIXES and not _is_symbol(base, store):
+        from infermill.models.card_file import read_card
+
         card = read_card(file_here(base, store, CARD))
         _check_labels_beside(card, base)
         return _open_with_card(card, base, store, given)
