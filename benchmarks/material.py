@@ -65,7 +65,7 @@ def material(quick: bool, peers: Sequence[str]) -> Iterator[Material]:
     with tempfile.TemporaryDirectory(prefix="infermill-bench-") as scratch:
         work = Path(scratch)
         pace = network_rate(make_card(work, 224))
-        # As many for the peers as take the network alone 15 seconds: some need as much for their start, and never the same.
+        # As many for the peers as the network alone takes 15 seconds for: some start for as long, and never the same.
         few = min(max(round(15 * pace, -1), 100), 400)
         photos = 2000 if pace >= BRISK else 1000
         counts = (1, 60, 24, 500, 100) if quick else (3, photos, int(few), 50_000, 3000)
