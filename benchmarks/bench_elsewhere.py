@@ -1,4 +1,7 @@
-"""The same photos and network by other ways of infermill: from an S3 server, on Spark, and by MXNet itself."""
+"""The same photos and network by other ways of infermill: from an S3 server, on Spark, and by MXNet itself.
+
+Beside them the two peers that they take the place of: Spark's `predict_batch_udf`, and the recipe of 2017.
+"""
 
 import sys
 import time
@@ -9,12 +12,13 @@ import boto3
 from infermill.limits import usable_cores
 from material import Material
 from measuring import cpu_seconds, median, s3_server, spread, table
-from rates import Series, failures, times
-from ways import Way, checkpoint, job, mxnet_python
+from rates import Series, best_of_each, failures, times
+from ways import Way, checkpoint, job, mxnet_python, peer_ways
 
 KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
 SIZES = ("--shorter", "256", "--crop", "224", "224", "--scale", "0.00392156862745098")
 COLOURS = ("--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225")
+REPLACED = ("recipe_2017", "spark_predict_batch_udf")
 FLAGS = (*SIZES, *COLOURS, "--task", "classification", "--activation", "softmax")
 
 
@@ -42,27 +46,38 @@ def measure(made: Material) -> str:
         others.append(Series(job("the same, `--runtime mxnet`", symbol, *FLAGS, *mxnet)))
     else:
         lacking["`--runtime mxnet`"] = "the recipe's environment is not there"
+    programs = [program for program in REPLACED if program in made.peers]
+    ways, not_there = peer_ways(made.work / "resnet18.onnx", 224, programs)
+    lacking |= not_there
+    theirs = running = [Series(way) for way in ways]
     with s3_server() as (url, server):
         remote = Series(job("from an S3 server on the same cores", card, "--endpoint-url", url, **KEYS))
         for folder in ("twelve", "few"):
             _upload(url, made.work / folder)
         shares = []
-        for _ in range(made.rounds):
+        for number in range(made.rounds):
             local.measure(made, made.work / "twelve", made.work / "few", made.few)
-            for series in others:
+            for series in (*others, *running):
                 series.measure(made, made.work / "twelve", made.work / "few", made.few)
             before, started = cpu_seconds(server), time.perf_counter()
             remote.measure(made, "s3://twelve/", "s3://few/", made.few)
+            running = best_of_each(theirs) if number == 0 else running
             shares.append((cpu_seconds(server) - before) / (time.perf_counter() - started) / usable_cores())
     rows = [
-        [series.way.name, spread(series.starts, ".1f"), spread(series.rates, ".1f"), times(series.rates, local.rates)]
-        for series in (local, remote, *others)
+        [
+            series.way.name,
+            spread(series.starts, ".1f"),
+            spread(series.rates, ".1f"),
+            times(series.rates, local.rates),
+            spread(series.wholes, ".1f"),
+        ]
+        for series in (local, remote, *others, *theirs)
         if not series.failed
     ]
-    header = ["", "12 photos, whole process, s", "images/s after start-up", "of local files"]
+    header = ["", "12 photos, whole process, s", "images/s after start-up", "of local files", "all, whole process, s"]
     return (
         f"{made.few} photos of 500x375, ResNet-18, fp32. The S3 server takes {median(shares):.1%} of the CPU.\n\n"
-        f"{table(header, rows)}\n\n" + "\n".join(failures([local, remote, *others], lacking))
+        f"{table(header, rows)}\n\n" + "\n".join(failures([local, remote, *others, *theirs], lacking))
     )
 
 
