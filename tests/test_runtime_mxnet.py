@@ -302,14 +302,14 @@ def test_after_ctrl_c_no_batch_gets_the_answer_of_another(
         import mxnet
         forward = mxnet.mod.Module.forward
         def slow_forward(self, batch, is_train=None):
-            time.sleep(0.5 if len(batch.data[0]) == 5 else 0)
+            time.sleep(5 if len(batch.data[0]) == 5 else 0)
             forward(self, batch, is_train)
         mxnet.mod.Module.forward = slow_forward
     """)
     predictor, started = started_by(lambda: load(checkpoint_model(small_checkpoints / "residual"), "mxnet", 1, python))
-    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
+    interrupt = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):  # also where this thread stands still meanwhile
+        interrupt.start()
         predictor(pictures(5))
     interrupt.join()
     with pytest.raises(RuntimeDiedError, match="the process of mxnet died") as caught:
