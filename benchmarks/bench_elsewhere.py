@@ -61,8 +61,8 @@ def measure(made: Material) -> str:
                 series.measure(made, made.work / "twelve", made.work / "few", made.few)
             before, started = cpu_seconds(server), time.perf_counter()
             remote.measure(made, "s3://twelve/", "s3://few/", made.few)
-            running = best_of_each(theirs) if number == 0 else running
             shares.append((cpu_seconds(server) - before) / (time.perf_counter() - started) / usable_cores())
+            running = best_of_each(theirs) if number == 0 else running
     rows = [
         [
             series.way.name,

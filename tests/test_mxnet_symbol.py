@@ -163,7 +163,7 @@ def test_what_is_no_json_is_told(text: str, message: str, tmp_path: Path) -> Non
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot read .*: No such file"):
+    with pytest.raises(ModelError, match=r"the symbol .* cannot be read: No such file"):
         read_symbol(tmp_path / "x-symbol.json")
     (tmp_path / "x-symbol.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ModelError, match="is not JSON"):

@@ -22,7 +22,6 @@ TENSOR_DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Pixels = Annotated[int, Field(ge=1, le=65_535)]
 HeightWidth = tuple[Pixels, Pixels]
 PerChannel = tuple[float, float, float]
-MAX_CARD_BYTES = 1 << 20
 DETECTION_FIELDS = {
     "format", "names", "coordinates", "corners", "score_threshold", "iou_threshold", "max_detections",
 }  # fmt: skip

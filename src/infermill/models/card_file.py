@@ -10,7 +10,8 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from infermill.errors import ModelError
-from infermill.models.card import MAX_CARD_BYTES, ModelCard, parse_card
+from infermill.models.card import ModelCard, parse_card
+from infermill.models.files import CARD, read_bounded
 
 MAX_SCALAR_CHARS = 4096
 # PyYAML's own, and what it lets through where a scalar or a nesting is not what its tag or Python can take.
@@ -38,13 +39,7 @@ def read_card(path: Path) -> ModelCard:
     Raises:
         ModelError: the file cannot be read, is not YAML, or is no card.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CARD_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
-    if len(content) > MAX_CARD_BYTES:
-        raise ModelError(f"{path} is larger than 1 MiB", "a model card is a short YAML file; pass the network as .onnx")
+    content = read_bounded(path, CARD)
     try:
         data = yaml.load(content.decode(), _CardLoader)  # noqa: S506 - a SafeLoader
     except _YAML_ERRORS as error:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from obstore.exceptions import PreconditionError
 
 from infermill.errors import InfermillError, ModelError, StoreError
-from infermill.models.card import MAX_CARD_BYTES
 from infermill.models.onnx import external_names
 from infermill.stores import STORE_ERRORS, Location, explain, locate, open_store
 from infermill.types import StoreOptions
@@ -33,10 +32,11 @@ class FileKind:
     max_bytes: int | None = None
 
 
-CARD = FileKind("the model card", "a model card is a short YAML file; pass the network as .onnx", MAX_CARD_BYTES)
+MAX_SYMBOL_BYTES = 16 << 20
+CARD = FileKind("the model card", "a model card is a short YAML file; pass the network as .onnx", 1 << 20)
 LABELS = FileKind("the labels file", "a labels file holds one label a line", 16 << 20)
 NETWORK = FileKind("the network")
-SYMBOL = FileKind("the symbol", "a symbol is the JSON file that MXNet saves as PREFIX-symbol.json", 16 << 20)
+SYMBOL = FileKind("the symbol", "a symbol is the JSON file that MXNet saves as PREFIX-symbol.json", MAX_SYMBOL_BYTES)
 PARAMS = FileKind("the parameters", "parameters are what MXNet saves as PREFIX-0000.params")
 ARCHIVE = FileKind("the archive")
 PATH_HINT = "check the path; those in a card are relative to the card"
@@ -93,6 +93,21 @@ def _local_file(place: Location, kind: FileKind) -> Path:
         raise ModelError(f"{kind.what} {path} is not a file", PATH_HINT)
     _check_size(kind, str(path), status.st_size)
     return path
+
+
+def read_bounded(path: Path, kind: FileKind) -> bytes:
+    """All of a local file, read no further than its kind allows, whatever size it is said to have.
+
+    Raises:
+        ModelError: it cannot be read, or is larger.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(-1 if kind.max_bytes is None else kind.max_bytes + 1)
+    except OSError as error:
+        raise unreadable(kind, path, error) from None
+    _check_size(kind, str(path), len(content))
+    return content
 
 
 def unreadable(kind: FileKind, path: Path, error: OSError | ValueError) -> ModelError:

@@ -14,7 +14,17 @@ import onnx
 
 from infermill.errors import ModelError
 from infermill.models.card import HeightWidth, ModelCard, digest_of, parse_card
-from infermill.models.files import CARD, LABELS, SYMBOL, beside, file_here, name_of, network_here, unreadable
+from infermill.models.files import (
+    CARD,
+    LABELS,
+    SYMBOL,
+    beside,
+    file_here,
+    name_of,
+    network_here,
+    read_bounded,
+    unreadable,
+)
 from infermill.models.fit import check_network
 from infermill.models.guess import Known, check_image_options, guess_card
 from infermill.models.onnx import NetworkInfo, describe, external_files, read_network
@@ -158,11 +168,7 @@ def _is_symbol(base: Location, store: StoreOptions) -> bool:
         return False
     from infermill.models.mxnet.symbol import is_symbol
 
-    path = file_here(base, store, SYMBOL)
-    try:
-        return is_symbol(path.read_bytes())
-    except OSError as error:
-        raise unreadable(SYMBOL, path, error) from None
+    return is_symbol(read_bounded(file_here(base, store, SYMBOL), SYMBOL))
 
 
 def _open_with_card(card: ModelCard, base: Location, store: StoreOptions, given: CardOptions) -> OpenedCard:

@@ -24,8 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infermill.errors import ModelError
-from infermill.models.files import LABELS, cache_folder, write_cached
-from infermill.models.mxnet.symbol import MAX_SYMBOL_BYTES
+from infermill.models.files import LABELS, MAX_SYMBOL_BYTES, cache_folder, write_cached
 
 ARCHIVE_SUFFIXES = (".mar", ".model")
 _MAX_PARAMS_BYTES = 4 << 30

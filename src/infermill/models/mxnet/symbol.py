@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from infermill.errors import ModelError
+from infermill.models.files import SYMBOL, read_bounded
 from infermill.models.onnx import shown
 
-MAX_SYMBOL_BYTES = 16 << 20
 _MAX_NODES, _MAX_INPUTS = 50_000, 100_000
 # Longer ones, which many nodes may name, would fill memory.
 _MAX_NAME = 512
@@ -126,13 +126,7 @@ def read_symbol(path: Path) -> Symbol:
         >>> read_symbol(Path("resnet-18-symbol.json")).nodes[0].name  # doctest: +SKIP
         'data'
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_SYMBOL_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
-    if len(content) > MAX_SYMBOL_BYTES:
-        raise ModelError(f"{path} is larger than {MAX_SYMBOL_BYTES >> 20} MiB, which no symbol is", _NOT_A_SYMBOL)
+    content = read_bounded(path, SYMBOL)
     try:
         data = json.loads(content)
     except RecursionError:
