@@ -9,8 +9,8 @@ from infermill.spark import predict
 
 
 def main(photos: str, card: str, out: str) -> None:
-    # As for `predict_batch_udf`: more than 31 photos a task.
-    conf = ("spark.task.cpus=1", "spark.sql.files.openCostInBytes=1048576")
+    # As for `predict_batch_udf`: a task for each core.
+    conf = ("spark.task.cpus=1", "spark.sql.files.openCostInBytes=0")
     with spark_session(Options(master=f"local[{usable_cores()}]", conf=conf)) as session:
         rows = session.read.format("binaryFile").load(photos).select("path", "content")
         predict(rows, card).select("path", "prediction.top.index", "prediction.top.score").write.parquet(out)
