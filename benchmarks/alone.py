@@ -12,7 +12,7 @@ import simplejpeg
 
 import infermill as im
 from infermill.limits import usable_cores
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.runtimes import Predictor, load
 
 DECODE_SECONDS = 3.0

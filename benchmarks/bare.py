@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infermill.meter import Meter
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.parts import rows_table
 from infermill.pipeline import run_pipeline
 from infermill.plan import cut

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from infermill.limits import usable_cores
-from infermill.models.card import parse_card
+from infermill.models.card_file import parse_card
 from infermill.models.model import Model
 from infermill.predictions import TaskRows, infer, rows_for
 from infermill.runtimes import Predictor, load

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from onnx import numpy_helper
 
 from alone import network_rate
-from infermill.models.card import parse_card
-from infermill.models.card_file import write_card
+from infermill.models.card_file import parse_card, write_card
 from measuring import ChildError, infermill
 from peers.preprocessing import prepare
 from photos import make_photos, make_records

@@ -16,7 +16,7 @@ from infermill.decode.image import image_decoder
 from infermill.demo import prepare_demo
 from infermill.models.card import ModelCard
 from infermill.models.card_file import read_card
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.quantize import TARGET, Quantization, quantize
 from infermill.runtimes import Predictor, load
 from infermill.types import MAX_PIXELS, RuntimeName, StoreOptions

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from infermill.models.card import parse_card
-from infermill.models.model import Model, open_model
+from infermill.models.card_file import parse_card
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.types import StoreOptions
 
 IMAGENET = {"scale": 1 / 255, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

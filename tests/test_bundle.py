@@ -9,7 +9,8 @@ import pytest
 
 from infermill.errors import InfermillError, ModelError
 from infermill.models.bundle import pack, unpack
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.types import CardOptions, StoreOptions
 from tests.networks import tiny_classifier
 

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from infermill.errors import ModelError
-from infermill.models.card import ModelCard, card_schema, digest_of, parse_card
-from infermill.models.card_file import read_card, write_card
+from infermill.models.card import ModelCard, digest_of
+from infermill.models.card_file import card_schema, parse_card, read_card, write_card
 from tests.networks import preprocess_of
 
 SCHEMA_FILE = Path(__file__).parents[1] / "docs" / "model-card.schema.json"

@@ -20,7 +20,8 @@ from infermill.check import Comparison, OutputDifference, check, compare
 from infermill.errors import ModelError, SourceError, UsageError
 from infermill.evidence import Evidence, Proportion
 from infermill.layers import Deviation, deviation, first_difference
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.report import comparison_text
 from infermill.runtimes import Predictor, load
 from infermill.runtimes.openvino import precisions

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from infermill.column import SHARE_BYTES, SHARE_ROWS, ColumnJob, predict_column
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.parts import ERROR_TYPE
 from infermill.predictions import TOP_TYPE
 from infermill.shipping import ShippedModel

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from infermill.errors import ModelError
 from infermill.evidence import Proportion, answers, check_measurable, differences, evidence_of, joined
 from infermill.models.card import ModelCard
+from infermill.models.card_file import parse_card
 from infermill.types import Task
 
 scores = arrays(np.float32, st.tuples(st.integers(1, 12), st.just(5)), elements=st.floats(0, 1, width=32))
@@ -21,7 +22,7 @@ TASKS: list[Task] = ["classification", "embedding", "raw"]
 
 
 def card_of(**fields: Any) -> ModelCard:
-    return ModelCard.model_validate({"name": "tiny", "files": {"onnx": "tiny.onnx"}, **fields})
+    return parse_card({"name": "tiny", "files": {"onnx": "tiny.onnx"}, **fields})
 
 
 # --- intervals

@@ -343,7 +343,7 @@ def test_retry_knows_the_model_and_its_options(here: Place, tmp_path: Path, monk
 def test_retry_without_a_job_or_a_model_is_bad_usage(here: Place, card: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no job"):
         infermill.retry(here.output)
-    loaded = infermill.ModelCard.model_validate(
+    loaded = infermill.parse_card(
         {"name": "tiny", "files": {"onnx": str(tmp_path / "tiny.onnx")}, "preprocess": {"resize": {"exact": [32, 32]}}}
     )
     infermill.run(here.source, loaded, here.output, here.options)

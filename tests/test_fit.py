@@ -9,11 +9,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from infermill.errors import ModelError
-from infermill.models.card import ModelCard, parse_card
+from infermill.models.card import ModelCard
+from infermill.models.card_file import parse_card
 from infermill.models.fit import check_network
 from infermill.models.guess import guess_card
-from infermill.models.model import open_model
 from infermill.models.onnx import NetworkInfo, TensorInfo, inspect_network
+from infermill.models.opening import open_model
 from infermill.types import CardOptions, StoreOptions
 from tests.networks import preprocess_of, tiny_classifier, tiny_embedding, tiny_raw, tiny_tabular
 

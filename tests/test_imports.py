@@ -30,7 +30,7 @@ print([name for name in ("PIL", "simplejpeg", "openvino", "infermill.worker") if
 WORKER = """
 import sys
 import infermill.engines.child
-print([name for name in ("yaml", "cyclopts", "rich", "infermill.job", "infermill.driver") if name in sys.modules])
+print([name for name in ("pydantic", "yaml", "cyclopts", "infermill.job", "infermill.driver") if name in sys.modules])
 """
 
 

@@ -20,7 +20,7 @@ import infermill
 from infermill import CardOptions, Options
 from infermill.errors import JobMismatchError, ModelError, SourceError, UsageError
 from infermill.meter import Meter
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.output import Output
 from infermill.record import check_same_job, fingerprint, read_record
 from infermill.runtimes.openvino import precisions

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from infermill.errors import InfermillError, ModelError, StoreError
-from infermill.models.card import ModelCard, parse_card
+from infermill.models.card import ModelCard
+from infermill.models.card_file import parse_card
 from infermill.models.files import NETWORK, _download, _head, cache_folder
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.stores import locate
 from infermill.types import CardOptions, StoreOptions
 from tests.networks import tiny_classifier

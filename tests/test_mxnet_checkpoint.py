@@ -18,9 +18,10 @@ from infermill.models.card import Files
 from infermill.models.card_file import read_card
 from infermill.models.conversion import convert_model
 from infermill.models.inspection import inspect_model
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model
 from infermill.models.mxnet.families import family_of
 from infermill.models.mxnet.symbol import read_symbol
+from infermill.models.opening import open_model
 from infermill.types import CardOptions, StoreOptions
 from tests.checkpoints import (
     archive_files,
@@ -205,7 +206,7 @@ def test_weights_are_not_read_where_only_the_graph_is_wanted(tmp_path: Path) -> 
 
 
 def test_a_plain_network_is_opened_without_the_reader_of_checkpoints(tmp_path: Path) -> None:
-    program = "import sys, infermill.job\nfrom infermill.models.model import open_model\n"
+    program = "import sys, infermill.job\nfrom infermill.models.opening import open_model\n"
     program += "from infermill.types import StoreOptions\n"
     program += f"open_model({str(tiny_classifier(tmp_path / 'tiny.onnx'))!r}, StoreOptions())\n"
     program += "print([name for name in sys.modules if name.startswith('infermill.models.mxnet')])"

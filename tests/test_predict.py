@@ -14,7 +14,7 @@ from tests.networks import tiny_classifier, tiny_raw, tiny_tabular
 @pytest.fixture
 def card(tmp_path: Path) -> infermill.ModelCard:
     tiny_classifier(tmp_path / "tiny.onnx", classes=10, size=32)
-    return infermill.ModelCard.model_validate(
+    return infermill.parse_card(
         {
             "name": "tiny",
             "files": {"onnx": str(tmp_path / "tiny.onnx")},
@@ -131,7 +131,7 @@ def test_embeddings_and_raw_outputs_of_tensors(tmp_path: Path) -> None:
     assert other.outputs["features"].dtype == np.float16
     np.testing.assert_array_equal(other.outputs["features"], one.embedding)
     card = {"name": "t", "files": {"onnx": str(tiny_raw(tmp_path / "raw.onnx"))}, "preprocess": None, "task": "raw"}
-    predict = infermill.load_model(infermill.ModelCard.model_validate(card))
+    predict = infermill.load_model(infermill.parse_card(card))
     (both,) = predict([np.zeros((3, 32, 32))])
     assert both.outputs is not None
     assert {name: array.shape for name, array in both.outputs.items()} == {"boxes": (5, 4), "kind": ()}

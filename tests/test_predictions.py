@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from infermill.models.card import parse_card
+from infermill.models.card_file import parse_card
 from infermill.models.model import Model
 from infermill.predictions import TOP_TYPE, Classification, Embedding, Raw, activate
 

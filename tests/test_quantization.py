@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from infermill.errors import ModelError
-from infermill.models.card import ModelCard
+from infermill.models.card_file import parse_card
 from infermill.models.executable import executable
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.models.quantization import Quantized, check_quantizable, quantize_network
 from infermill.runtimes import load
 from infermill.types import RuntimeName, StoreOptions
@@ -25,7 +26,7 @@ ROWS = list(pictures(24))
 def model_of(path: Path, **fields: Any) -> Model:
     preprocess = {"resize": {"exact": [32, 32]}, "scale": 1 / 255, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}
     card = {"name": "tiny", "files": {"onnx": str(path)}, "preprocess": preprocess} | fields
-    return open_model(ModelCard.model_validate(card), StoreOptions())
+    return open_model(parse_card(card), StoreOptions())
 
 
 def residual(path: Path) -> Path:

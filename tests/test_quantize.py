@@ -17,7 +17,7 @@ from PIL import Image
 from infermill.errors import ModelError, SourceError, UsageError
 from infermill.job import run
 from infermill.models.card_file import read_card
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.predict import load_model
 from infermill.quantize import quantize
 from infermill.report import quantization_text

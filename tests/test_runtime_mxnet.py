@@ -22,8 +22,9 @@ from PIL import Image
 import infermill
 from infermill.errors import ModelError, RuntimeDiedError, UsageError
 from infermill.layers import deviation
-from infermill.models.card import parse_card
-from infermill.models.model import Model, open_model
+from infermill.models.card_file import parse_card
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.runtimes import Predictor, load
 from infermill.runtimes.mxnet import find_python
 from infermill.types import Options, RuntimeName, StoreOptions

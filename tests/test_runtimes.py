@@ -20,7 +20,8 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from infermill.errors import ModelError, UsageError
-from infermill.models.card import TENSOR_DTYPES, Preprocess, parse_card
+from infermill.models.card import TENSOR_DTYPES, Preprocess
+from infermill.models.card_file import parse_card
 from infermill.models.executable import executable, folded
 from infermill.models.model import Model
 from infermill.models.onnx import inspect_network
@@ -448,7 +449,7 @@ def test_only_the_runtime_that_is_used_is_imported(tmp_path: Path, runtime: Runt
     script = f"""
 import sys
 from pathlib import Path
-from infermill.models.card import parse_card
+from infermill.models.card_file import parse_card
 from infermill.models.model import Model
 from infermill.runtimes import load
 libraries = {{"openvino", "onnxruntime"}}

@@ -17,7 +17,7 @@ import infermill
 from infermill.errors import ModelError, UsageError
 from infermill.models.card_file import read_card
 from infermill.models.executable import executable
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.types import CardOptions, StoreOptions
 from tests.networks import tiny_classifier
 from tests.servers import Bucket, free_port

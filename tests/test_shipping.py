@@ -16,8 +16,8 @@ from pyspark.sql import SparkSession
 from infermill import errors, load_model
 from infermill.errors import InfermillError, ModelError, StoreError, UsageError
 from infermill.java import find_java
-from infermill.models.card import ModelCard
-from infermill.models.model import open_model
+from infermill.models.card_file import parse_card
+from infermill.models.opening import open_model
 from infermill.shipping import ShippedModel, errors_told, ship_model, task, translated
 from infermill.spark import predict, register
 from infermill.types import StoreOptions
@@ -130,7 +130,7 @@ def test_a_model_is_packed_anew_for_another_card_of_the_same_digest(tmp_path: Pa
 
     network, cards = tiny_classifier(tmp_path / "tiny.onnx"), []
     for name in ("one", "other"):
-        card = ModelCard.model_validate(
+        card = parse_card(
             {"name": name, "files": {"onnx": str(network)}, "preprocess": {"resize": {"exact": [32, 32]}}}
         )
         session = Session()
@@ -151,7 +151,7 @@ def test_executors_get_infermill_and_a_local_model(
     monkeypatch.setenv("PYSPARK_PYTHON", str(python))
     monkeypatch.setenv("JAVA_HOME", str(find_java().home))
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
-    card = ModelCard.model_validate(
+    card = parse_card(
         {
             "name": "tiny",
             "files": {"onnx": str(tiny_classifier(tmp_path / "tiny.onnx", external_data=True))},

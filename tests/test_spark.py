@@ -315,7 +315,7 @@ def test_without_pyspark_the_error_says_what_to_install(tmp_path: Path) -> None:
 def test_a_stage_without_a_model_or_with_a_card() -> None:
     with pytest.raises(UsageError, match="no model"):
         InfermillTransformer().transform(None)
-    card = infermill.ModelCard.model_validate({"name": "tiny", "files": {"onnx": "tiny.onnx"}})
+    card = infermill.parse_card({"name": "tiny", "files": {"onnx": "tiny.onnx"}})
     with pytest.raises(UsageError, match="not the card"):
         InfermillTransformer(model=card)  # type: ignore[arg-type]
 

@@ -15,8 +15,9 @@ from infermill.choices import MAX_TRIES, Choices
 from infermill.errors import ModelError
 from infermill.jobspec import Job
 from infermill.meter import Meter
-from infermill.models.card import parse_card
-from infermill.models.model import Model, open_model
+from infermill.models.card_file import parse_card
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.output import Output
 from infermill.record import read_record
 from infermill.tuning import (

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from infermill.estimation import Estimate, estimate
     from infermill.job import retry, run
     from infermill.models.card import ModelCard
+    from infermill.models.card_file import parse_card
     from infermill.predict import Box, Detected, Label, Prediction, load_model
     from infermill.rows import read, read_batches
     from infermill.types import CardOptions, Failure, Options, Summary
@@ -45,6 +46,7 @@ _HOMES = {
     "Verification": "audit",
     "estimate": "estimation",
     "load_model": "predict",
+    "parse_card": "models.card_file",
     "read": "rows",
     "read_batches": "rows",
     "retry": "job",
@@ -75,6 +77,7 @@ __all__ = [
     "Verification",
     "estimate",
     "load_model",
+    "parse_card",
     "read",
     "read_batches",
     "retry",

@@ -20,7 +20,8 @@ from infermill.jobspec import suffixes_of
 from infermill.layers import Deviation, Layer, deviation, first_difference
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
-from infermill.models.model import Model, in_fp32, open_model
+from infermill.models.model import Model, in_fp32
+from infermill.models.opening import open_model
 from infermill.plan import cut
 from infermill.predictions import rows_for
 from infermill.runtimes import Arrays, Batch, Predictor
@@ -188,7 +189,7 @@ class _Tallies:
         self._is_classification = model.card.task == "classification"
         # Boxes come in no order that two answers would share.
         is_detection = model.card.task == "detection"
-        self._card = model.card.model_copy(update={"task": "raw"}) if is_detection else model.card
+        self._card = replace(model.card, task="raw") if is_detection else model.card
         self.differences: list[Differences] = []
         self._deviations = dict.fromkeys(names, Deviation(0.0, 0.0))
         self._same = dict.fromkeys(names, 0)

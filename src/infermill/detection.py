@@ -90,7 +90,7 @@ class Detector:
 
     def _parts(self, arrays: Sequence[NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         by_name = dict(zip(self._names, arrays, strict=True))
-        return {part: by_name[name] for part, name in self._output.names if name is not None}
+        return {part: by_name[name] for part, name in self._output.names.given.items()}
 
     def _apart(self, parts: Mapping[str, NDArray[Any]]) -> Candidates | None:
         count = parts["count"].ravel()[0] if "count" in parts else len(parts["boxes"])

@@ -12,7 +12,7 @@ from infermill.job import empty_source, tell_assumptions
 from infermill.jobspec import check_options, suffixes_of
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.pipeline import run_pipeline
 from infermill.plan import cut, known_bytes, refs_of
 from infermill.runtimes import check_runtime

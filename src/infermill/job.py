@@ -24,7 +24,8 @@ from infermill.errors import SourceError, StoreError, UsageError
 from infermill.jobspec import check_options, suffixes_of
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.output import SUCCESS_FILE, Output
 from infermill.parts import part_name
 from infermill.plan import Revision, cut

@@ -225,7 +225,7 @@ def _groups(tensors: Sequence[_Tensor]) -> Iterator[list[_Tensor]]:
 @contextmanager
 def _giving_out(model: Model, network: onnx.ModelProto, outputs: Sequence[onnx.ValueInfoProto]) -> Iterator[Model]:
     """The model with other outputs; its files are there until the context ends."""
-    card = model.card.model_copy(update={"task": "raw", "output": Output(), "labels": None, "classes": None})
+    card = replace(model.card, task="raw", output=Output(), labels=None, classes=None)
     del network.graph.output[:]
     network.graph.output.extend(outputs)
     with tempfile.TemporaryDirectory(prefix="infermill-") as folder:

@@ -18,7 +18,7 @@ from infermill.errors import BadInputError
 from infermill.limits import usable_cores
 from infermill.meter import Meter
 from infermill.models.card import ModelCard, Preprocess
-from infermill.models.model import open_model
+from infermill.models.opening import open_model
 from infermill.predictions import infer, needs_sizes
 from infermill.runtimes import Predictor
 from infermill.types import CardOptions, Failure, Options

@@ -38,7 +38,8 @@ from infermill.models.card import Accuracy, CardEvidence, Files, ModelCard
 from infermill.models.card_file import write_card
 from infermill.models.conversion import create_new
 from infermill.models.inspection import card_beside
-from infermill.models.model import Model, open_card, open_model
+from infermill.models.model import Model
+from infermill.models.opening import open_card, open_model
 from infermill.models.quantization import Quantized, check_quantizable, quantize_network
 from infermill.plan import cut
 from infermill.predictions import rows_for
@@ -184,7 +185,7 @@ def quantize(
         return result
     before = open_card(model, options, card_options)
     card = card_beside(before.card, before.base, options, output)
-    card = card.model_copy(update={"name": output.stem, "files": Files(onnx=network.name), "evidence": _record(result)})
+    card = replace(card, name=output.stem, files=Files(onnx=network.name), evidence=_record(result))
     create_new(network, content)
     try:
         create_new(output, write_card(card).encode())

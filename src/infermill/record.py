@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def fingerprint(source: str | None, model: Model, options: Options) -> dict[str,
     """
     card = deciding_fields(model.card)
     # So that a refusal has a line for each field, from an image to a tensor and back.
-    card["preprocess"] = card["preprocess"] or dict.fromkeys(Preprocess.model_fields)
+    card["preprocess"] = card["preprocess"] or dict.fromkeys(one.name for one in fields(Preprocess))
     return {
         **({} if source is None else {"source": canonical(source, options)}),
         "suffix": sorted(suffix.lower() for suffix in options.suffix) if options.suffix is not None else None,

@@ -34,8 +34,10 @@ import infermill
 from infermill import errors
 from infermill.errors import InfermillError, ModelError, StoreError
 from infermill.models.bundle import current_digest, pack, unpack
+from infermill.models.card import plain_fields
 from infermill.models.files import cache_errors, cache_folder, cache_lock
-from infermill.models.model import Model, open_model
+from infermill.models.model import Model
+from infermill.models.opening import open_model
 from infermill.stores import locate
 from infermill.types import CardOptions, StoreOptions
 
@@ -183,7 +185,7 @@ def ship_model(session: SparkSession, model: Model, store: StoreOptions) -> Ship
     if isinstance(model.given, str) and _is_remote(locate(model.given).uri, model):
         return ShippedModel(model.digest, _Uri(locate(model.given).uri, store, model.card_options))
     # Another version may have packed it with a card that this one cannot read: its digest knows only what decides.
-    card = hashlib.sha256(model.card.model_dump_json().encode()).hexdigest()[:16]
+    card = hashlib.sha256(json.dumps(plain_fields(model.card)).encode()).hexdigest()[:16]
     name = f"{model.digest.removeprefix('sha256:')}-{card}"
     path = _shipping_folder() / f"infermill-model-{name}.zip"
     with cache_lock(name):

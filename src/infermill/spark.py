@@ -35,8 +35,9 @@ from infermill.jobspec import check_options
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
 from infermill.models.fit import chosen_outputs
-from infermill.models.model import Model, in_fp32, open_model
+from infermill.models.model import Model, in_fp32
 from infermill.models.onnx import inspect_network
+from infermill.models.opening import open_model
 from infermill.parts import ERROR_TYPE
 from infermill.predictions import DETECTIONS_TYPE, TOP_TYPE
 from infermill.runtimes import check_runtime

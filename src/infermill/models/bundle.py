@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infermill.errors import InfermillError, ModelError
-from infermill.models.card import digest_of, parse_card
+from infermill.models.card import digest_of, plain_fields
+from infermill.models.card_file import parse_card
 from infermill.models.files import cache_errors, cache_folder, cache_lock
 from infermill.models.model import Model, digested_files
 from infermill.models.mxnet.checkpoint import Checkpoint, translated
@@ -47,7 +48,7 @@ def pack(model: Model, path: Path) -> None:
         >>> pack(open_model("model.yaml", StoreOptions()), Path("model.zip"))  # doctest: +SKIP
     """
     network = model.network
-    index: dict[str, Any] = {"card": model.card.model_dump(mode="json"), "labels": model.labels}
+    index: dict[str, Any] = {"card": plain_fields(model.card), "labels": model.labels}
     if model.checkpoint is None:
         index["network"] = network.name
         files = {network.name: network, **external_files(read_network(network), network)}

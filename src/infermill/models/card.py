@@ -1,13 +1,16 @@
-"""The model card: everything that a prediction depends on."""
+"""The model card: everything that a prediction depends on.
 
-import difflib
+Plain data, which `card_file` checks where a card is read: workers get cards and read none, and do without pydantic.
+"""
+
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from annotated_types import Interval
 
 from infermill.errors import ModelError
 from infermill.types import DetectionFormat, Precision, Task
@@ -19,37 +22,48 @@ ImageDtype = Literal["float32", "float16", "uint8"]
 Dtype = Literal[ImageDtype, "float64", "int8", "int16", "int32", "int64", "bool"]
 IMAGE_DTYPES: tuple[ImageDtype, ...] = get_args(ImageDtype)
 TENSOR_DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-Pixels = Annotated[int, Field(ge=1, le=65_535)]
+Pixels = Annotated[int, Interval(ge=1, le=65_535)]
 HeightWidth = tuple[Pixels, Pixels]
 PerChannel = tuple[float, float, float]
-DETECTION_FIELDS = {
+Part = Annotated[float, Interval(ge=0, le=1)]
+DETECTION_FIELDS = (
     "format", "names", "coordinates", "corners", "score_threshold", "iou_threshold", "max_detections",
-}  # fmt: skip
+)  # fmt: skip
+_STRICT = {"extra": "forbid", "allow_inf_nan": False}
+_ONE_NETWORK = [{"required": ["onnx"]}, {"required": ["symbol", "params"]}, {"required": ["archive"]}]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+def _said(description: str) -> dict[str, str]:
+    """What the JSON Schema says of a field."""
+    return {"description": description}
 
 
+@dataclass(frozen=True, slots=True)
+class _Strict:
+    """`card_file` takes no other fields, no NaN and no infinity."""
+
+    __pydantic_config__ = _STRICT
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that are not null."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Files(_Strict):
     """The files of the network, relative to the card, absolute, or URIs: ONNX, or an MXNet checkpoint."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [{"required": ["onnx"]}, {"required": ["symbol", "params"]}, {"required": ["archive"]}]
-        }
-    )
+    __pydantic_config__ = _STRICT | {"json_schema_extra": {"oneOf": _ONE_NETWORK}}
 
-    onnx: str | None = Field(default=None, description="The network as ONNX.")
-    symbol: str | None = Field(default=None, description="The graph of an MXNet checkpoint: PREFIX-symbol.json.")
-    params: str | None = Field(default=None, description="Its parameters: PREFIX-0000.params.")
-    archive: str | None = Field(default=None, description="An archive of MXNet Model Server: .mar or .model.")
+    onnx: str | None = field(default=None, metadata=_said("The network as ONNX."))
+    symbol: str | None = field(default=None, metadata=_said("The graph of an MXNet checkpoint: PREFIX-symbol.json."))
+    params: str | None = field(default=None, metadata=_said("Its parameters: PREFIX-0000.params."))
+    archive: str | None = field(default=None, metadata=_said("An archive of MXNet Model Server: .mar or .model."))
 
-    @model_validator(mode="after")
-    def _one_network(self) -> "Files":
-        if {name for name, value in self if value is not None} not in ({"onnx"}, {"symbol", "params"}, {"archive"}):
+    def __post_init__(self) -> None:
+        if set(self.given) not in ({"onnx"}, {"symbol", "params"}, {"archive"}):
             raise ValueError("give `onnx`, or `symbol` and `params`, or `archive`")
-        return self
 
     @property
     def network(self) -> str:
@@ -57,38 +71,42 @@ class Files(_Strict):
         return self.onnx or self.symbol or self.archive or ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Input(_Strict):
     """The network's input tensor."""
 
-    name: str | None = Field(default=None, description="Its name; the network's only input where it is not given.")
-    layout: Literal["NCHW", "NHWC"] = Field(default="NCHW", description="Order of the dims of images.")
-    dtype: Dtype = Field(default="float32", description="Its type: float32, float16 or uint8 for images.")
+    name: str | None = field(default=None, metadata=_said("Its name; the network's only input where it is not given."))
+    layout: Literal["NCHW", "NHWC"] = field(default="NCHW", metadata=_said("Order of the dims of images."))
+    dtype: Dtype = field(default="float32", metadata=_said("Its type: float32, float16 or uint8 for images."))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Resize(_Strict):
     """How the image is resized, with Pillow's filters: `exact` does not keep the aspect ratio, the others do."""
 
-    shorter: Pixels | None = Field(default=None, description="Length of the shorter side, in pixels.")
-    exact: HeightWidth | None = Field(default=None, description="[height, width], in pixels.")
-    letterbox: HeightWidth | None = Field(
-        default=None, description="[height, width], in pixels, that the image is made to fit into, and centred in."
+    shorter: Pixels | None = field(default=None, metadata=_said("Length of the shorter side, in pixels."))
+    exact: HeightWidth | None = field(default=None, metadata=_said("[height, width], in pixels."))
+    letterbox: HeightWidth | None = field(
+        default=None, metadata=_said("[height, width], in pixels, that the image is made to fit into, and centred in.")
     )
     filter: Filter = "bilinear"
-    fill: Annotated[int, Field(ge=0, le=255)] = Field(default=114, description="Grey of the border of a letterbox.")
+    fill: Annotated[int, Interval(ge=0, le=255)] = field(
+        default=114, metadata=_said("Grey of the border of a letterbox.")
+    )
 
-    @model_validator(mode="after")
-    def _one_of_three(self) -> "Resize":
+    def __post_init__(self) -> None:
         if [self.shorter, self.exact, self.letterbox].count(None) != 2:
             raise ValueError("give one of `shorter`, `exact` and `letterbox`")
-        return self
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Crop(_Strict):
     """What is cut out of the resized image; where the image is smaller, the border is black."""
 
-    center: HeightWidth = Field(description="[height, width], in pixels.")
+    center: HeightWidth = field(metadata=_said("[height, width], in pixels."))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess(_Strict):
     """From the upright RGB image to the network's input: resize, crop, then `(x · scale - mean) / std`."""
 
@@ -99,17 +117,11 @@ class Preprocess(_Strict):
     mean: PerChannel = (0.0, 0.0, 0.0)
     std: PerChannel = (1.0, 1.0, 1.0)
 
-    @model_validator(mode="after")
-    def _nonzero_std(self) -> "Preprocess":
+    def __post_init__(self) -> None:
         if 0.0 in self.std:
             raise ValueError("`std` must not be 0")
-        return self
-
-    @model_validator(mode="after")
-    def _no_cropped_letterbox(self) -> "Preprocess":
         if self.crop is not None and self.letterbox is not None:
             raise ValueError("`resize.letterbox` leaves nothing to crop: remove `crop`")
-        return self
 
     @property
     def height_width(self) -> HeightWidth | None:
@@ -129,50 +141,53 @@ class Preprocess(_Strict):
         return self.resize.fill if self.resize is not None and self.resize.letterbox is not None else 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BoxOutputs(_Strict):
     """The names of the outputs of a network that has boxes, labels and scores apart."""
 
     boxes: str = "boxes"
     labels: str = "labels"
     scores: str = "scores"
-    count: str | None = Field(default=None, description="The output that says how many of them there are, if any does.")
+    count: str | None = field(
+        default=None, metadata=_said("The output that says how many of them there are, if any does.")
+    )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Output(_Strict):
     """The network's output tensor, and what is made of it."""
 
-    name: str | None = Field(
-        default=None, description="Its name; where it is not given the first output, and every one for the task raw."
-    )
-    activation: Activation = Field(
-        default="none", description="Applied to the output: `none` where the network ends in it."
-    )
-    top_k: Annotated[int, Field(ge=1)] = 5
-    format: DetectionFormat | None = Field(
-        default=None, description="How a network of the task detection writes its boxes; required there."
-    )
-    names: BoxOutputs = Field(
-        default=BoxOutputs(), description="The outputs of the format boxes-labels-scores, in the place of `name`."
-    )
-    coordinates: Literal["pixels", "normalized"] | None = Field(
+    name: str | None = field(
         default=None,
-        description="Whether boxes are in pixels of the input or in 0..1; by default as the format has it.",
+        metadata=_said("Its name; where it is not given the first output, and every one for the task raw."),
     )
-    corners: Literal["xyxy", "yxyx"] = Field(
-        default="xyxy", description="Order of the corners' coordinates in the format boxes-labels-scores."
+    activation: Activation = field(
+        default="none", metadata=_said("Applied to the output: `none` where the network ends in it.")
     )
-    score_threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.25, description="Detections with more than this score are kept."
+    top_k: Annotated[int, Interval(ge=1)] = 5
+    format: DetectionFormat | None = field(
+        default=None, metadata=_said("How a network of the task detection writes its boxes; required there.")
     )
-    iou_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.45, description="Of two boxes of a class that overlap by more than this, the better one is kept."
+    names: BoxOutputs = field(
+        default=BoxOutputs(), metadata=_said("The outputs of the format boxes-labels-scores, in the place of `name`.")
     )
-    max_detections: Annotated[int, Field(ge=1, le=1000)] = 100
+    coordinates: Literal["pixels", "normalized"] | None = field(
+        default=None,
+        metadata=_said("Whether boxes are in pixels of the input or in 0..1; by default as the format has it."),
+    )
+    corners: Literal["xyxy", "yxyx"] = field(
+        default="xyxy", metadata=_said("Order of the corners' coordinates in the format boxes-labels-scores.")
+    )
+    score_threshold: Annotated[float, Interval(ge=0, lt=1)] = field(
+        default=0.25, metadata=_said("Detections with more than this score are kept.")
+    )
+    iou_threshold: Annotated[float, Interval(gt=0, le=1)] = field(
+        default=0.45, metadata=_said("Of two boxes of a class that overlap by more than this, the better one is kept.")
+    )
+    max_detections: Annotated[int, Interval(ge=1, le=1000)] = 100
 
 
-Part = Annotated[float, Field(ge=0, le=1)]
-
-
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy(_Strict):
     """The part of objects with a label whose best class is the right one, with its 95 % interval."""
 
@@ -183,30 +198,31 @@ class Accuracy(_Strict):
     this_interval: tuple[Part, Part]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CardEvidence(_Strict):
     """How far this network's answers are from those in fp32, as `infermill quantize` measured it."""
 
-    of: str = Field(description="Digest of the model in fp32.")
-    source: str = Field(description="Where the objects are from.")
-    runtime: str = Field(description="The library that executed both networks.")
-    objects: int = Field(description="How many were predicted; none of them was calibrated with.")
-    measure: Literal["top-1", "cosine", "relative error"] = Field(description="What `agreement` is.")
-    agreement: Part = Field(description="Part of objects with the same best class; or the mean similarity.")
-    interval: tuple[Part, Part] | None = Field(default=None, description="The 95 % interval of `agreement`.")
-    max_delta: float = Field(description="The largest difference of a score, of an object.")
-    mean_delta: float = Field(description="The mean over objects of their largest difference of a score.")
-    nonfinite: int = Field(default=0, description="Objects that only this network answers with NaN or infinity.")
-    accuracy: Accuracy | None = Field(default=None, description="Where objects have labels.")
-    int8_share: Part | None = Field(default=None, description="The part of multiplications that is in int8.")
-    kept_in_float: tuple[str, ...] = Field(default=(), description="The nodes that are not.")
+    of: str = field(metadata=_said("Digest of the model in fp32."))
+    source: str = field(metadata=_said("Where the objects are from."))
+    runtime: str = field(metadata=_said("The library that executed both networks."))
+    objects: int = field(metadata=_said("How many were predicted; none of them was calibrated with."))
+    measure: Literal["top-1", "cosine", "relative error"] = field(metadata=_said("What `agreement` is."))
+    agreement: Part = field(metadata=_said("Part of objects with the same best class; or the mean similarity."))
+    interval: tuple[Part, Part] | None = field(default=None, metadata=_said("The 95 % interval of `agreement`."))
+    max_delta: float = field(metadata=_said("The largest difference of a score, of an object."))
+    mean_delta: float = field(metadata=_said("The mean over objects of their largest difference of a score."))
+    nonfinite: int = field(default=0, metadata=_said("Objects that only this network answers with NaN or infinity."))
+    accuracy: Accuracy | None = field(default=None, metadata=_said("Where objects have labels."))
+    int8_share: Part | None = field(default=None, metadata=_said("The part of multiplications that is in int8."))
+    kept_in_float: tuple[str, ...] = field(default=(), metadata=_said("The nodes that are not."))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard(_Strict):
     """A network, and how to use it.
 
     Example:
-        >>> card = ModelCard.model_validate({"name": "tiny", "files": {"onnx": "tiny.onnx"}})
-        >>> card.task
+        >>> ModelCard(name="tiny", files=Files(onnx="tiny.onnx")).task
         'classification'
     """
 
@@ -214,19 +230,19 @@ class ModelCard(_Strict):
     files: Files
     task: Task = "classification"
     input: Input = Input()
-    preprocess: Preprocess | None = Field(
-        default=Preprocess(), description="From the image to the input; null where the input is a tensor as it is."
+    preprocess: Preprocess | None = field(
+        default=Preprocess(), metadata=_said("From the image to the input; null where the input is a tensor as it is.")
     )
     output: Output = Output()
-    precision: Precision = Field(
-        default="fp32", description="What the network computes in, where the runtime and the processor have it."
+    precision: Precision = field(
+        default="fp32", metadata=_said("What the network computes in, where the runtime and the processor have it.")
     )
-    labels: str | tuple[str, ...] | None = Field(default=None, description="A file of one label a line, or a list.")
-    classes: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="How many classes the network must have."
+    labels: str | tuple[str, ...] | None = field(default=None, metadata=_said("A file of one label a line, or a list."))
+    classes: Annotated[int, Interval(ge=1)] | None = field(
+        default=None, metadata=_said("How many classes the network must have.")
     )
-    evidence: CardEvidence | None = Field(
-        default=None, description="What was measured where this network was made; predictions do not depend on it."
+    evidence: CardEvidence | None = field(
+        default=None, metadata=_said("What was measured where this network was made; predictions do not depend on it.")
     )
 
     @property
@@ -235,70 +251,26 @@ class ModelCard(_Strict):
         return None if self.preprocess is None else self.preprocess.height_width
 
 
-def parse_card(data: Any, where: str) -> ModelCard:
-    """Check the content of a card.
-
-    Raises:
-        ModelError: a field is unknown (the nearest one is named) or has a wrong value.
-    """
-    if not isinstance(data, dict):
-        raise ModelError(f"{where} is not a model card", "a card is YAML with at least `name:` and `files:`")
-    try:
-        return ModelCard.model_validate(data)
-    except ValidationError as error:
-        problems = error.errors()
-        for problem in problems:  # first, since a misspelt field is also a missing one
-            if problem["type"] == "extra_forbidden":
-                field = ".".join(map(str, problem["loc"]))
-                raise ModelError(f"{where}: unknown field `{field}`", _nearest(problem["loc"])) from None
-        reason = "Input should have fields" if problems[0]["type"] == "model_type" else problems[0]["msg"]
-        message = f"{where}: `{_path(problems[0]['loc'])}`: {reason.removeprefix('Value error, ')}"
-        raise ModelError(message, "see docs/model-card.md for every field") from None
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    """The field's path, without the names that pydantic gives the alternatives of a union."""
-    names = {path.rpartition(".")[2] for path in _fields(ModelCard)}
-    return ".".join(str(part) for part in loc if isinstance(part, int) or part in names)
-
-
-def _nearest(loc: tuple[int | str, ...]) -> str:
-    parent = ".".join(str(part) for part in loc[:-1])
-    known = sorted(path for path in _fields(ModelCard) if path.rpartition(".")[0] == parent)
-    everywhere = {path.rpartition(".")[2]: path for path in _fields(ModelCard)}
-    name = str(loc[-1])
-    for match in difflib.get_close_matches(name, [path.rpartition(".")[2] for path in known], n=1):
-        return f"did you mean `{parent}.{match}`?" if parent else f"did you mean `{match}`?"
-    for match in difflib.get_close_matches(name, everywhere, n=1):
-        return f"did you mean `{everywhere[match]}`?"
-    return f"known fields here: {', '.join(path.rpartition('.')[2] for path in known)}"
-
-
-def _fields(card: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in card.model_fields.items():
-        yield prefix + name
-        for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, _Strict):
-                yield from _fields(kind, f"{prefix}{name}.")
-
-
-def card_schema() -> dict[str, Any]:
-    """The JSON Schema of a card (draft 2020-12), as published in docs/model-card.schema.json."""
-    schema = ModelCard.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "infermill model card", **schema}
+def plain_fields(card: ModelCard) -> dict[str, Any]:
+    """Every field of a card, as plain JSON types."""
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(card)))
+    return fields
 
 
 def deciding_fields(card: ModelCard) -> dict[str, Any]:
     """What of a card predictions depend on, as plain JSON types: all but its name, paths, labels and evidence."""
-    exclude: dict[str, Any] = dict.fromkeys(("name", "files", "labels", "classes", "evidence"), True)
+    fields = plain_fields(card)
+    for name in ("name", "files", "labels", "classes", "evidence"):
+        del fields[name]
     # What came later is left out where it says nothing: other cards keep the digest that they had before.
     if card.precision == "fp32":
-        exclude["precision"] = True
+        del fields["precision"]
     if card.task != "detection":
-        exclude["output"] = DETECTION_FIELDS
-    if card.preprocess is not None and card.preprocess.letterbox is None:
-        exclude["preprocess"] = {"resize": {"letterbox", "fill"}}
-    fields: dict[str, Any] = card.model_dump(mode="json", exclude=exclude)
+        for name in DETECTION_FIELDS:
+            del fields["output"][name]
+    if card.preprocess is not None and card.preprocess.resize is not None and card.preprocess.letterbox is None:
+        for name in ("letterbox", "fill"):
+            del fields["preprocess"]["resize"][name]
     return fields
 
 

@@ -1,6 +1,6 @@
 """What `infermill convert` writes: a network as ONNX, and the card for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from infermill.models.card import Files
 from infermill.models.card_file import write_card
 from infermill.models.fit import check_network
 from infermill.models.inspection import card_beside, write_new
-from infermill.models.model import open_card, read_labels
 from infermill.models.onnx import external_tensors, load_weights
+from infermill.models.opening import open_card, read_labels
 from infermill.types import CardOptions, StoreOptions
 
 
@@ -58,7 +58,7 @@ def convert_model(model: str, output: Path, store: StoreOptions, card: CardOptio
         raise UsageError(f"{model} is ONNX already", "copy it; `infermill inspect` with --write writes a card for it")
     check_network(opened.card, read_labels(opened.card, opened.base, store), opened.info)
     written = card_beside(opened.card, opened.base, store, card_path)
-    written = written.model_copy(update={"name": output.stem, "files": Files(onnx=output.name)})
+    written = replace(written, name=output.stem, files=Files(onnx=output.name))
     load_weights(external_tensors(opened.graph, opened.network))
     create_new(output, opened.graph.SerializeToString())
     write_new(card_path, write_card(written))

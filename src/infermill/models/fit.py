@@ -167,7 +167,7 @@ def chosen_outputs(card: ModelCard, info: NetworkInfo) -> tuple[TensorInfo, ...]
     """
     names = [tensor.name for tensor in info.outputs]
     if card.task == "detection" and card.output.format == APART:
-        wanted = {part: name for part, name in card.output.names if name is not None}
+        wanted = card.output.names.given
         for part, name in wanted.items():
             if name not in names:
                 hint = _nearest(name, names, f"output.names.{part}")

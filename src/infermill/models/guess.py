@@ -8,7 +8,8 @@ from typing import Any
 
 from infermill.errors import ModelError
 from infermill.models.boxes import FORMATS, guess_boxes
-from infermill.models.card import Files, ModelCard, parse_card
+from infermill.models.card import Files, ModelCard
+from infermill.models.card_file import parse_card
 from infermill.models.fit import (
     channels_and_size,
     image_input,
@@ -80,7 +81,7 @@ def guess_card(
         notes.append("labels are unknown: predictions have class numbers only")
     card = {
         "name": path.stem,
-        "files": {"onnx": path.name} if known.files is None else known.files.model_dump(),
+        "files": {"onnx": path.name} if known.files is None else known.files.given,
         "labels": known.labels,
         "task": task,
         **fields,

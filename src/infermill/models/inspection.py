@@ -1,7 +1,7 @@
 """What `infermill inspect` finds out about a model."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from infermill.models.card import ModelCard
 from infermill.models.card_file import write_card
 from infermill.models.files import beside
 from infermill.models.fit import check_network
-from infermill.models.model import open_card, read_labels
 from infermill.models.onnx import NetworkInfo
+from infermill.models.opening import open_card, read_labels
 from infermill.stores import Location
 from infermill.types import CardOptions, StoreOptions
 
@@ -73,8 +73,8 @@ def card_beside(card: ModelCard, base: Location, store: StoreOptions, write: Pat
     labels = moved(card.labels) if isinstance(card.labels, str) else card.labels
     if isinstance(labels, str) and ("://" in labels or labels.startswith("..")):
         labels = read_labels(card, base, store)  # a card may not name a file outside of its folder
-    files = card.files.model_copy(update={role: moved(name) for role, name in card.files if name is not None})
-    return card.model_copy(update={"files": files, "labels": labels})
+    files = replace(card.files, **{role: moved(name) for role, name in card.files.given.items()})
+    return replace(card, files=files, labels=labels)
 
 
 def write_new(path: Path, text: str) -> None:
