@@ -12,7 +12,7 @@ demo: $(UV)
 
 test: .venv/installed
 	@$(MAKE) --no-print-directory mxnet-env || echo 'mxnet-env: not installed, and the tests that need MXNet are skipped'
-	$(UV) run --no-sync pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(UV) run --no-sync pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 check: .venv/installed
 	$(UV) run --no-sync ruff format --check

@@ -9,11 +9,8 @@ from pathlib import Path
 from alone import network_rate
 from material import TWELVE, Material, add_records, agreement, reference
 from measuring import median, spread, table
-from rates import Series, best_of_each, failures, ranked, times
+from rates import FINALISTS, Series, best_of_each, failures, ranked, times
 from ways import job, peer_ways
-
-FINALISTS = 2
-"So many peers are measured in every round; the others in the first."
 
 
 @dataclass(slots=True)

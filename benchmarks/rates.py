@@ -12,6 +12,9 @@ from material import TWELVE, Material
 from measuring import ChildError, median
 from ways import Way
 
+FINALISTS = 2
+"So many peers are measured in every round; the others in the first."
+
 
 @dataclass(slots=True)
 class Series:
