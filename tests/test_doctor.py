@@ -48,7 +48,7 @@ def test_openvino_without_a_processor_is_a_finding(monkeypatch: pytest.MonkeyPat
     def core() -> None:
         raise RuntimeError("Exception from src/core.cpp:1:\nno plugins.xml")
 
-    monkeypatch.setattr("openvino.Core", core)
+    monkeypatch.setattr("infermill.runtimes.openvino.core", core)
     assert not finding("openvino").usable
 
 

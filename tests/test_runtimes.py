@@ -461,6 +461,32 @@ assert libraries & set(sys.modules) == {{{runtime!r}}}
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+FORGOTTEN = """
+import os, signal, threading, time
+from pathlib import Path
+from infermill.models.card_file import parse_card
+from infermill.models.model import Model
+from infermill.runtimes import load
+card = parse_card({{"name": "t", "files": {{"onnx": "t"}}, "preprocess": {{"resize": {{"exact": [32, 32]}}}}}})
+loaded = [load(Model(card, Path({path!r}), None, ""), {runtime!r}, 1)]
+elsewhere = threading.Thread(target=loaded.clear)
+elsewhere.start()
+elsewhere.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_ctrl_c_works_where_another_thread_has_let_go_of_a_network(tmp_path: Path, runtime: RuntimeName) -> None:
+    script = FORGOTTEN.format(path=str(tiny_classifier(tmp_path / "tiny.onnx")), runtime=runtime)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "interrupted\n"
+
+
 # --- large networks
 
 

@@ -107,10 +107,10 @@ def _version(name: str, module: ModuleType) -> str:
 
 def _openvino() -> Finding:
     try:
-        openvino = importlib.import_module("infermill.runtimes.openvino").ov
-        core = openvino.Core()
+        runtime = importlib.import_module("infermill.runtimes.openvino")
+        core = runtime.core()
         devices = ", ".join(str(core.get_property(device, "FULL_DEVICE_NAME")) for device in core.available_devices)
-        return Finding("openvino", True, f"{_version('openvino', openvino).partition('-')[0]} on {devices}")
+        return Finding("openvino", True, f"{_version('openvino', runtime.ov).partition('-')[0]} on {devices}")
     except _BROKEN as error:
         return _broken("openvino", error)
 

@@ -1,5 +1,6 @@
 """OpenVINO: the fastest on most processors."""
 
+import functools
 import sys
 from pathlib import Path
 from queue import SimpleQueue
@@ -66,7 +67,7 @@ def precisions() -> tuple[str, ...]:
         >>> precisions()  # doctest: +SKIP
         ('fp32', 'bf16', 'int8')
     """
-    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return tuple(name for name in PRECISIONS if name.upper() in capabilities)
 
 
@@ -85,15 +86,24 @@ def check_precision(precision: Precision, *, is_here: bool) -> None:
 
 
 def _lacking(precision: Precision) -> UsageError:
-    processor = str(ov.Core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
+    processor = str(core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
     return UsageError(
         f"this processor ({processor}) has no {precision}, and OpenVINO would compute in fp32",
         f"leave --precision out, or take a machine for which `infermill doctor` names {precision}",
     )
 
 
+@functools.cache
+def core() -> ov.Core:
+    """OpenVINO itself, once for the life of the process.
+
+    It gives the thread that first uses it a stack for signals, and takes the memory back when it is let go of: where
+    another thread does that, the next signal, such as Ctrl-C, ends the process with SIGSEGV.
+    """
+    return ov.Core()
+
+
 def _compile(network: bytes | Path, precision: Precision, streams: int, threads: int) -> "SimpleQueue[Any]":
-    core = ov.Core()
     settings = {
         # Without it a processor that has bf16 computes in bf16.
         "INFERENCE_PRECISION_HINT": HINTS[precision],
@@ -102,7 +112,7 @@ def _compile(network: bytes | Path, precision: Precision, streams: int, threads:
         # Two workers on one host would be pinned to the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-    compiled = core.compile_model(core.read_model(network), "CPU", settings)
+    compiled = core().compile_model(core().read_model(network), "CPU", settings)
     if compiled.get_property("INFERENCE_PRECISION_HINT") != HINTS[precision]:
         raise _lacking(precision)
     requests: SimpleQueue[Any] = SimpleQueue()
