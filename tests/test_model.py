@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infermill.errors import InfermillError, ModelError, StoreError
-from infermill.models.card import ModelCard
+from infermill.models.card import Files, ModelCard
 from infermill.models.card_file import parse_card
 from infermill.models.files import NETWORK, _download, _head, cache_folder
 from infermill.models.opening import open_model
@@ -28,6 +29,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def card_of(network: Path, **fields: object) -> ModelCard:
     preprocess = {"resize": {"exact": [32, 32]}}
     return parse_card({"name": "t", "files": {"onnx": str(network)}, "preprocess": preprocess, **fields}, "test")
+
+
+def test_a_card_that_python_made_is_checked_where_it_is_opened(tmp_path: Path) -> None:
+    network = tiny_classifier(tmp_path / "tiny.onnx")
+    wrong = ModelCard(name="t", files=Files(onnx=network))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"`files\.onnx`: Input should be a valid string"):
+        open_model(wrong, StoreOptions())
+    plain: Any = {"resize": {"exact": [32, 32]}}
+    right = ModelCard(name="t", files=Files(onnx=str(network)), preprocess=plain)
+    assert open_model(right, StoreOptions()).card == card_of(network)
 
 
 # --- objects

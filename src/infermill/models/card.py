@@ -1,6 +1,7 @@
 """The model card: everything that a prediction depends on.
 
-Plain data, which `card_file` checks where a card is read: workers get cards and read none, and do without pydantic.
+Plain data, which `card_file` checks where a card is read: this machine's workers get theirs from the driver, and do
+without pydantic.
 """
 
 import hashlib

@@ -2,14 +2,14 @@
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from infermill.errors import ModelError
-from infermill.models.card import HeightWidth, ModelCard, digest_of, plain_fields
+from infermill.models.card import HeightWidth, ModelCard, digest_of
 from infermill.models.card_file import parse_card, read_card
 from infermill.models.files import (
     CARD,
@@ -161,7 +161,7 @@ def _guessed(network: Path, base: Location, given: CardOptions, found: "Found | 
 def _with_options(card: ModelCard, given: CardOptions) -> ModelCard:
     if card.preprocess is None:
         check_image_options(given)
-    data = plain_fields(card)
+    data: dict[str, Any] = asdict(card)
     resize_before = (data["preprocess"] or {}).get("resize") or {}
     fields: dict[tuple[str, ...], Any] = {
         ("task",): given.task,
