@@ -24,4 +24,7 @@ def main(photos: str, model: str, output: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit("usage: classify_folder.py PHOTOS/ model.yaml out/")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except infermill.InfermillError as error:
+        sys.exit(f"error: {error}")

@@ -29,4 +29,7 @@ def main(card: str, photo: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: predict_in_memory.py model.yaml photo.jpg")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (infermill.InfermillError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ import sys
 
 from pyspark.sql import SparkSession
 
+from infermill import InfermillError
 from infermill.java import find_java
 from infermill.spark import predict, register
 
@@ -33,4 +34,7 @@ def main(folder: str, model: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: spark_photos.py PHOTOS/ model.yaml")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except InfermillError as error:
+        sys.exit(f"error: {error}")

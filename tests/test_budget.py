@@ -20,7 +20,7 @@ def test_a_budget_is_a_number_or_a_share(text: str | None, planned: int, allowed
     assert text is None or not budget.allows(allowed + 1, planned)
 
 
-@pytest.mark.parametrize("text", ["many", "-1", "nan", "1%%", "inf", ""])
+@pytest.mark.parametrize("text", ["many", "-1", "nan", "1%%", "inf", "", "101%"])
 def test_another_budget_is_bad_usage(text: str) -> None:
     with pytest.raises(UsageError, match="--max-failures"):
         Budget.parse(text)

@@ -52,6 +52,8 @@ def test_the_example_of_the_documentation_is_a_card() -> None:
         ({"mean": [0, 0, 0]}, "unknown field `mean`", "did you mean `preprocess.mean`?"),
         ({"topk": 1}, "unknown field `topk`", "did you mean `output.top_k`?"),
         ({"preprocess": {"main": 1}}, "unknown field `preprocess.main`", "did you mean `preprocess.mean`?"),
+        ({"task": "clasification"}, "not 'clasification'", "did you mean `classification`?"),
+        ({"preprocess": {"resize": {"shorter": 9, "filter": "bilinaer"}}}, "`preprocess.resize.filter`", "`bilinear`?"),
         ({"preprocess": {"activation": "none"}}, "`preprocess.activation`", "did you mean `output.activation`?"),
         ({"preprocess": {"crop": {"centre": [2, 2]}}}, "`preprocess.crop.centre`", "`preprocess.crop.center`?"),
         ({"nam": "x", "name": None}, "unknown field `nam`", "did you mean `name`?"),
@@ -59,7 +61,7 @@ def test_the_example_of_the_documentation_is_a_card() -> None:
         ({"files": {"onnx": "a", "w": "b"}}, "unknown field `files.w`", "known fields here: archive, onnx, params"),
     ],
 )
-def test_an_unknown_field_names_the_nearest(fields: dict[str, Any], message: str, hint: str) -> None:
+def test_an_unknown_field_or_word_names_the_nearest(fields: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(ModelError) as caught:
         card(**fields)
     assert message in caught.value.message

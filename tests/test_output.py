@@ -348,15 +348,24 @@ def parquet(metadata: dict[str, str] | None) -> bytes:
         parquet({"infermill.report": "[]"}),
         b"not Parquet",
         b"",
+        parquet(None)[:-28] + b"\x0f" * 20 + parquet(None)[-8:],
     ],
 )
 def test_a_part_that_somebody_else_wrote_is_told(content: bytes, output: Output) -> None:
     output.create("part-00000.parquet", content)
-    with pytest.raises(StoreError, match=r"infermill did not write .*part-00000\.parquet") as caught:
+    with pytest.raises(StoreError, match=r"part-00000\.parquet is damaged, or infermill did not write it") as caught:
         output.create_part(0, rows(), REPORT, NOTES)
-    assert caught.value.hint == "move it out of the way"
+    assert caught.value.hint.startswith("move it out of the way")
+    assert "\n" not in caught.value.message
     with pytest.raises(StoreError, match="infermill did not write"):
         output.reports(NOTES)
+
+
+def test_a_damaged_part_is_named_where_rows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match=r"part-00000\.parquet is damaged") as caught:
+        read(tmp_path)
+    assert "infermill verify" in caught.value.hint
 
 
 def test_a_dead_store_is_told_once(aws_environment: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`load_model(card) -> predict`, in memory."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 import infermill
 from tests.networks import tiny_classifier, tiny_raw, tiny_tabular
+from tests.servers import Bucket
 
 
 @pytest.fixture
@@ -45,6 +47,24 @@ def test_bad_inputs_have_an_error_and_keep_their_place(card: infermill.ModelCard
     predictions = infermill.load_model(card)([good, b"", tmp_path / "missing.jpg", b"<html>", good])
     assert [one.error and one.error.code for one in predictions] == [None, "empty", "missing", "unsupported", None]
     assert [one.top is None for one in predictions] == [False, True, True, True, False]
+
+
+def test_uris_are_fetched(card: infermill.ModelCard, bucket: Bucket, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "black.png")
+    bucket.put("black.png", (tmp_path / "black.png").read_bytes())
+    predict = infermill.load_model(card, infermill.Options(**asdict(bucket.options)))
+    here = tmp_path / "black.png"
+    uris = [
+        f"{bucket.uri}/black.png",
+        f"file://{here}",
+        f"{bucket.uri}/gone.png",
+        "https://x.org/a.png",
+        "ftp://x/a.png",
+    ]
+    expected, *predictions = predict([here, *uris])
+    assert [one.top for one in predictions[:2]] == [expected.top] * 2
+    codes = [one.error.code for one in predictions[2:] if one.error]
+    assert codes == ["missing", "unreadable", "unreadable"]
 
 
 def test_more_pictures_than_a_batch_and_none(card: infermill.ModelCard) -> None:

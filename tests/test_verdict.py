@@ -36,6 +36,7 @@ def test_the_bottleneck_is_what_the_others_wait_for(busy: dict[str, float], expe
             "fetch-bound: 60 % of the compute threads' time is waiting for objects; "
             "a nearer or faster source would help",
         ),
+        ({"predict": 1.0, "idle": 8.0, "decode": 0.5, "fetch": 0.1, "write": 0.2}, ""),
         ({"predict": 0.0, "idle": 0.0, "decode": 0.0, "fetch": 0.0, "write": 0.0}, ""),
     ],
 )

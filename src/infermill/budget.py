@@ -1,5 +1,6 @@
 """How many objects of a job may fail."""
 
+import sys
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,9 +36,10 @@ class Budget:
             number = float(text.removesuffix("%"))
         except ValueError:
             number = -1.0
-        if not 0 <= number < float("inf"):
+        is_share = text.endswith("%")
+        if not 0 <= number <= (100 if is_share else sys.float_info.max):
             raise UsageError(f"--max-failures {text} is neither a number nor a percentage", "write 10, or 1%")
-        return cls(text, number, text.endswith("%"))
+        return cls(text, number, is_share)
 
     def allows(self, failed: int, planned: int) -> bool:
         """Whether so many of the planned objects may fail."""

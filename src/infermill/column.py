@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from infermill.decode.image import prepare_array
 from infermill.decode.tensor import to_row
 from infermill.errors import BadInputError, UsageError
-from infermill.hosts import is_web
+from infermill.fetch import Reserve, fetch_uri
 from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.parts import errors_column
@@ -29,7 +29,6 @@ from infermill.predictions import TaskRows, blank, infer, needs_sizes
 from infermill.runtimes import Predictor
 from infermill.shipping import ShippedModel, errors_told
 from infermill.stages import PartitionRows, Share, Stages
-from infermill.stores import locate
 from infermill.task_resources import task_cores, task_devices
 from infermill.types import ObjectRef, Options, Source
 from infermill.worker import load_predictor, network_of, stages_of
@@ -37,7 +36,6 @@ from infermill.worker import load_predictor, network_of, stages_of
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-Reserve = Callable[[int], None]
 _Fetch = Callable[[ObjectRef, Reserve], "ReadableBuffer"]
 SHARE_BYTES = 32 << 20
 SHARE_ROWS = 512
@@ -190,7 +188,7 @@ def _numbers(cell: ObjectRef, _: Reserve) -> Any:
 
 
 def _uri_fetcher(fetch: _Fetch) -> _Fetch:
-    def fetch_uri(cell: ObjectRef, reserve: Reserve) -> "ReadableBuffer":
+    def fetch_cell(cell: ObjectRef, reserve: Reserve) -> "ReadableBuffer":
         uri: str = _present(cell).as_py()
         if uri.startswith("file:/") and not uri.startswith("file://"):
             uri = uri.removeprefix("file:")  # as Spark's `binaryFile` writes a path
@@ -198,15 +196,9 @@ def _uri_fetcher(fetch: _Fetch) -> _Fetch:
             raise BadInputError(
                 "fetch", "unreadable", f"{uri!r} is a relative path, and executors have folders of their own"
             )
-        try:
-            if is_web(uri):
-                return fetch(ObjectRef(uri), reserve)
-            locate(uri)
-        except UsageError as error:  # of the value: a host that is not allowed, a scheme that is not read
-            raise BadInputError("fetch", "unreadable", error.message) from None
-        return fetch(ObjectRef(uri), reserve)
+        return fetch_uri(fetch, uri, reserve)
 
-    return fetch_uri
+    return fetch_cell
 
 
 def _shares(batches: Iterable[pa.Array]) -> Iterator[Share]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from obstore import Bytes
 from obstore.exceptions import PreconditionError
 
-from infermill.errors import BadInputError, StoreError
+from infermill.errors import BadInputError, StoreError, UsageError
 from infermill.hosts import is_web
 from infermill.patience import is_passing, patiently
 from infermill.reader import open_file
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ObjectStore
 
-Reserve = Callable[[int], object]
+Reserve = Callable[[int], None]
 _Content = bytes | Bytes
 MAX_OBJECT_BYTES = 1 << 30
 DENIED_AT_FIRST = 64
@@ -96,6 +96,23 @@ def fetcher(source: Source, options: StoreOptions) -> Fetch:
     return fetch
 
 
+def fetch_uri(
+    fetch: "Callable[[ObjectRef, Reserve], ReadableBuffer]", uri: str, reserve: Reserve = lambda _: None
+) -> "ReadableBuffer":
+    """What a URI names that nobody has looked at before; `fetch` is that of a source whose keys are URIs.
+
+    Raises:
+        BadInputError: as `fetcher`, and where its scheme is not read, or its host not allowed.
+        StoreError: as `fetcher`.
+    """
+    try:
+        if not is_web(uri):
+            locate(uri)
+        return fetch(ObjectRef(uri), reserve)
+    except UsageError as error:
+        raise BadInputError("fetch", "unreadable", error.message) from None
+
+
 class _Bucket:
     """A bucket as one worker knows it: how it is reached, and witnesses that it answers, the objects read last."""
 
@@ -134,7 +151,7 @@ class _Bucket:
         """What a failed get of an object means: its row, or the end of the job."""
         code = error_code(error)
         if code == "NoSuchKey" or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
-            return BadInputError("fetch", "missing", "it is not there any more")
+            return BadInputError("fetch", "missing", "it is not there")
         if code == "PreconditionFailed" or isinstance(error, PreconditionError):
             return BadInputError("fetch", "changed", "it was overwritten after the source was listed")
         if code == "InvalidObjectState":
@@ -231,7 +248,7 @@ def _read_file(path: str, ref: ObjectRef, reserve: Reserve, folder: Path | None)
     except (FileNotFoundError, NotADirectoryError):
         if folder is not None and not folder.exists():
             raise StoreError(f"{folder} is not there any more", "mount it again; the same command resumes") from None
-        raise BadInputError("fetch", "missing", "it is not there any more") from None
+        raise BadInputError("fetch", "missing", "it is not there") from None
     except ValueError:
         raise BadInputError("fetch", "missing", "no file has a name with a null character") from None
     except OSError as error:

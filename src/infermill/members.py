@@ -51,7 +51,7 @@ def member_fetcher(source: Source, options: StoreOptions) -> Fetch:
         if ref.offset == DAMAGED:
             raise BadInputError("fetch", "corrupt", "the shard is damaged: what is there cannot be told apart")
         if ref.offset < 0:
-            raise BadInputError("fetch", "missing", "it is not in the shard any more")
+            raise BadInputError("fetch", "missing", "it is not in the shard")
         if images is not None and not shard.endswith(".bin"):
             admit(ref.size, reserve)
             return _picture(images.read(shard, ref.etag, member, ref.offset))
@@ -148,7 +148,7 @@ class _UnpackedImages:
         begin = begins.get(batch)
         content = b"" if begin is None else images[begin + offset : begin + offset + cifar.IMAGE_BYTES]
         if len(content) < cifar.IMAGE_BYTES:
-            raise BadInputError("fetch", "missing", "it is not in the shard any more")
+            raise BadInputError("fetch", "missing", "it is not in the shard")
         return content
 
     def _unpack(self, shard: str, etag: str | None, split: Split) -> tuple[mmap.mmap, dict[str, int]]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from infermill.durable import create_durably, private_file
-from infermill.errors import StoreError, UsageError
+from infermill.errors import InfermillError, StoreError, UsageError
 from infermill.parts import claimed_report, part_content, part_name, revised_report
 from infermill.patience import Patience, is_passing, patiently
 from infermill.reader import open_reader
@@ -240,7 +240,11 @@ class Output:
         """
         name = f"_infermill/probe-{uuid.uuid4().hex}"
         # Where the reply to the first create was lost, the object store client has sent it twice.
-        first = self.create(name, b"1") or self.read(name) == b"1"
+        try:
+            first = self.create(name, b"1") or self.read(name) == b"1"
+        except InfermillError as error:
+            message = error.message.replace(f"/{name}", "")
+            raise StoreError(f"the output cannot be written: {message}", error.hint) from None
         try:
             second = self.create(name, b"2")
         finally:
@@ -383,20 +387,39 @@ class Output:
     def _report(self, name: str, notes: Mapping[str, str]) -> PartitionReport | None:
         place = self._base.joined(name)
         try:
-            metadata = self._read_in_pieces(place, pq.read_metadata).metadata or {}
+            metadata = self._read_in_pieces(place, _footer).metadata or {}
             return claimed_report(metadata, notes, place.uri)
         except FileNotFoundError:
             return None
         except STORE_ERRORS as error:
             raise _as_store_error(error, place.uri) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"infermill did not write {place.uri}: {error}", "move it out of the way") from None
+            raise damaged(place.uri, error) from None
 
     def _read_in_pieces(self, place: Location, take: "Callable[[BufferedReader], Taken]") -> Taken:
         while True:
             with suppress(PreconditionError), open_reader(place, self._store, self._options) as file:
                 return take(file)
             # Another process has replaced it meanwhile, as a whole: its pieces belong together only if all are new.
+
+
+def _footer(file: "BufferedReader") -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(file)
+    except OSError as error:
+        if "thrift" in str(error):  # Arrow's word for bytes that are no footer: nothing is wrong with the disk
+            raise ValueError(error) from None
+        raise
+
+
+def damaged(uri: str, error: Exception) -> StoreError:
+    """What to say of a part that cannot be read for what is in it."""
+    reason = str(error).strip().partition("\n")[0]
+    return StoreError(
+        f"{uri} is damaged, or infermill did not write it: {reason}",
+        "move it out of the way, and `infermill run` with the same arguments predicts its objects again; "
+        "`infermill verify` says what else is wrong",
+    )
 
 
 def _is_late(old: pa.Table, new: pa.Table) -> NDArray[np.bool_]:

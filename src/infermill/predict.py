@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -15,18 +15,23 @@ from numpy.typing import ArrayLike, NDArray
 from infermill.decode.image import image_decoder, prepare, prepare_array
 from infermill.decode.tensor import tensor_decoder, to_row
 from infermill.errors import BadInputError
+from infermill.fetch import fetch_uri, fetcher
 from infermill.limits import usable_cores
 from infermill.meter import Meter
 from infermill.models.card import ModelCard, Preprocess
 from infermill.models.opening import open_model
 from infermill.predictions import infer, needs_sizes
 from infermill.runtimes import Predictor
-from infermill.types import CardOptions, Failure, Options
+from infermill.types import CardOptions, Failure, Options, Source
 from infermill.worker import load_predictor
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | PIL.Image.Image | ArrayLike
 Predict: TypeAlias = Callable[[Sequence[Input]], "list[Prediction]"]
 Row = NDArray[np.generic]
+_ContentOf: TypeAlias = Callable[[Any], "ReadableBuffer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +87,13 @@ def load_model(
         card_options: what the model card does not say, or says otherwise.
 
     Returns:
-        A function from a list of paths, encoded images, PIL images or uint8 arrays (HWC RGB, or HW grey), to a
+        A function from a list of paths, URIs, encoded images, PIL images or uint8 arrays (HWC RGB, or HW grey), to a
         list of as many predictions in the same order. Where the card has `preprocess: null`, it takes paths or bytes
         of `.npy` files, arrays and lists of numbers. An input that cannot be predicted has its `error` set.
 
     Raises:
         ModelError: the card or the network is wrong.
+        StoreError: of the function: the store of a URI does not answer, or denies access.
 
     Example:
         >>> predict = load_model("model.yaml")  # doctest: +SKIP
@@ -101,7 +107,15 @@ def load_model(
     predictor, tasks = load_predictor(resolved, options, Meter())
     preprocess = resolved.card.preprocess
     sized = needs_sizes(resolved)
-    convert = _tensor_rows(predictor) if preprocess is None else _image_rows(preprocess, options, sized=sized)
+    fetch = fetcher(Source(str(Path.cwd()), keys_are_uris=True), options)
+
+    def content_of(item: bytes | str | os.PathLike[str]) -> "ReadableBuffer":
+        return fetch_uri(fetch, item) if isinstance(item, str) and "://" in item else _content(item)
+
+    if preprocess is None:
+        convert = _tensor_rows(predictor, content_of)
+    else:
+        convert = _image_rows(preprocess, options, content_of, sized=sized)
 
     def row_of(item: Input) -> Row | Failure:
         try:
@@ -128,7 +142,9 @@ def load_model(
     return predict
 
 
-def _image_rows(preprocess: Preprocess, options: Options, *, sized: bool) -> Callable[[Any], Row]:
+def _image_rows(
+    preprocess: Preprocess, options: Options, content_of: _ContentOf, *, sized: bool
+) -> Callable[[Any], Row]:
     decode = image_decoder(preprocess, options.decode, options.max_pixels, sized=sized)
 
     def to_pixels(item: Any) -> Row:
@@ -136,18 +152,18 @@ def _image_rows(preprocess: Preprocess, options: Options, *, sized: bool) -> Cal
             return prepare(item, preprocess, options.decode, sized=sized)
         if isinstance(item, np.ndarray):
             return prepare_array(item, preprocess, options.decode, sized=sized)
-        return decode(_content(item))
+        return decode(content_of(item))
 
     return to_pixels
 
 
-def _tensor_rows(predictor: Predictor) -> Callable[[Any], Row]:
+def _tensor_rows(predictor: Predictor, content_of: _ContentOf) -> Callable[[Any], Row]:
     shape, dtype = predictor.input_shape, predictor.input_dtype
     decode = tensor_decoder(shape, dtype)
 
     def to_tensor(item: Any) -> Row:
         if isinstance(item, bytes | str | os.PathLike):
-            return decode(_content(item))
+            return decode(content_of(item))
         return to_row(item, shape, dtype)
 
     return to_tensor

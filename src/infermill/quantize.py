@@ -271,8 +271,8 @@ class _Inputs:
     def too_few(self, count: int) -> SourceError:
         return SourceError(
             f"{self._source} has {count} objects to measure with, and it takes {FEWEST_HELD_OUT}",
-            "give a source with more objects: of a sample an eighth is to calibrate and a quarter to choose what stays "
-            "in float; infermill plan says what cannot be decoded",
+            f"give {FEWEST_HELD_OUT * 8 // 5} objects or more: an eighth is to calibrate, and a quarter to choose "
+            "what stays in float; infermill plan says what cannot be decoded",
         )
 
 

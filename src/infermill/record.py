@@ -128,7 +128,7 @@ def check_same_job(record: Record, now: Mapping[str, Any], uri: str, appending: 
     raise JobMismatchError(
         f"{uri} holds another job:\n  " + "\n  ".join(lines),
         "write to another output, repeat the job with the settings it was started with, "
-        "or start anew with --overwrite, which moves the old job aside",
+        'or start anew with --overwrite (existing="overwrite" in Python), which moves the old job aside',
     )
 
 

@@ -178,7 +178,7 @@ def inspection_text(inspection: "Inspection") -> str:
     lines.append(Text(f"# {inspection.written or 'model.yaml'}", style="dim"))
     lines.append(Text(inspection.card_yaml.rstrip()))
     if inspection.written is None:
-        lines += ["", Text("--write model.yaml keeps this card", style="dim")]
+        lines += ["", Text("--write FILE.yaml keeps this card", style="dim")]
     return _rendered(lines)
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infermill.errors import UsageError
-from infermill.output import Output
+from infermill.output import Output, damaged
 from infermill.types import StoreOptions
 
 
@@ -21,7 +21,7 @@ def read(output: str | os.PathLike[str], options: StoreOptions | None = None) ->
 
     Raises:
         UsageError: no part is there.
-        StoreError: access is denied, or the store does not answer.
+        StoreError: access is denied, the store does not answer, or a part is damaged.
 
     Example:
         >>> read("out/").column_names  # doctest: +SKIP
@@ -52,5 +52,8 @@ def tables(place: Output) -> Iterator[pa.Table]:
         content = place.read(name)
         if content is not None:
             # Not `pq.read_table`: its threads may hold `content` until after the interpreter has ended, and abort.
-            part = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+            try:
+                part = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise damaged(f"{place.uri}/{name}", error) from None
             yield part.replace_schema_metadata(None)

@@ -326,6 +326,8 @@ def explain(error: Exception, uri: str) -> InfermillError:
         return SourceError(f"there is no bucket at {uri}", "check the bucket's name, and --endpoint-url or --region")
     if isinstance(error, FileNotFoundError):
         return SourceError(f"{uri} does not exist", "check the path")
+    if isinstance(error, NotADirectoryError):
+        return StoreError(f"{uri}: {error.strerror}", "check the path: a part of it is a file")
     if isinstance(error, PermissionError):
         return StoreError(f"access to {uri} is denied", "check its permissions")
     if isinstance(error, OSError) and "://" not in uri:

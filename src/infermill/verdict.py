@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 _WAITING = 0.2
 "Compute threads that wait for more than this part of their time, wait for something else than themselves."
+_TELLING_SECONDS = 10.0
+"A job of fewer thread-seconds is little more than its start and its end."
 
 
 def bottleneck(busy_seconds: Mapping[str, float]) -> str:
@@ -16,7 +18,8 @@ def bottleneck(busy_seconds: Mapping[str, float]) -> str:
 
 
 def verdict(stage_seconds: Mapping[str, float], *, is_exact: bool, is_fp32: bool) -> str:
-    """A sentence: the stage that sets the pace, its part of the compute threads' time, and what to try.
+    """A sentence: the stage that sets the pace, its part of the compute threads' time, and what to try; or none where
+    the job was too short to tell.
 
     Args:
         stage_seconds: thread-seconds by stage, as a summary has them.
@@ -29,9 +32,9 @@ def verdict(stage_seconds: Mapping[str, float], *, is_exact: bool, is_fp32: bool
         "decode-bound: 61 % of the compute threads' time is decoding; try --decode fast"
     """
     stage = bottleneck(stage_seconds)
-    if not stage:
-        return ""
     total = sum(stage_seconds[name] for name in ("decode", "predict", "idle"))
+    if not stage or total < _TELLING_SECONDS:
+        return ""
     what, hint = {
         "decode": ("decoding", "try --decode fast" if is_exact else "more cores would help"),
         "predict": (

@@ -266,7 +266,7 @@ def _check(response: http.client.HTTPResponse, etag: str | None) -> None:
     if status in _TRANSIENT or status >= 500:
         raise _FaultError(f"the server said {_said(status)}")
     if status in {404, 410}:
-        raise BadInputError("fetch", "missing", "it is not there any more")
+        raise BadInputError("fetch", "missing", "it is not there")
     if status in {401, 403}:
         raise _unreadable("access to this object is denied")
     if status != 200:

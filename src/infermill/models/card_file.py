@@ -1,10 +1,11 @@
 """A model card as a user writes it: read from YAML or plain data, checked, and written."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +14,9 @@ from yaml.constructor import ConstructorError
 from infermill.errors import ModelError
 from infermill.models.card import ModelCard
 from infermill.models.files import CARD, read_bounded
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _CARD = TypeAdapter(ModelCard)
 
@@ -84,9 +88,19 @@ def parse_card(data: Any, where: str = "the card") -> ModelCard:
             if problem["type"] == "unexpected_keyword_argument":
                 field = ".".join(map(str, problem["loc"]))
                 raise ModelError(f"{where}: unknown field `{field}`", _nearest(problem["loc"])) from None
+        if problems[0]["type"] == "literal_error":
+            raise _no_such_word(where, problems[0]) from None
         reason = "Input should have fields" if problems[0]["type"] == "dataclass_type" else problems[0]["msg"]
         message = f"{where}: `{_path(problems[0]['loc'])}`: {reason.removeprefix('Value error, ')}"
         raise ModelError(message, "see docs/model-card.md for every field") from None
+
+
+def _no_such_word(where: str, problem: "ErrorDetails") -> ModelError:
+    """One of a few words, and another one is given."""
+    words, given = re.findall(r"'([^']*)'", problem["ctx"]["expected"]), str(problem["input"])
+    near = difflib.get_close_matches(given, words, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else "see docs/model-card.md for every field"
+    return ModelError(f"{where}: `{_path(problem['loc'])}`: {problem['msg']}, not {given[:100]!r}", hint)
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

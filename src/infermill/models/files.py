@@ -86,7 +86,7 @@ def _local_file(place: Location, kind: FileKind) -> Path:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{kind.what} {path} does not exist", PATH_HINT) from None
+        raise ModelError(f"{kind.what}: {path} does not exist", PATH_HINT) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise unreadable(kind, path, error) from None
     if not stat.S_ISREG(status.st_mode):

@@ -177,7 +177,7 @@ def find_python(given: str | None = None) -> Path:
     raise UsageError(
         "there is no Python with mxnet, which needs one of its own (3.8 to 3.11, with NumPy before 1.24)",
         f"python3.11 -m venv {where}, then {where}/bin/pip install {REQUIREMENTS}; "
-        "or name one that has it: --runtime-python PATH",
+        f"or name one that has it: --runtime-python PATH, or {PYTHON_VARIABLE}",
     )
 
 

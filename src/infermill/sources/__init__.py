@@ -118,7 +118,7 @@ def rereadable(uri: str) -> Iterator[str]:
     if uri != "-":
         yield uri
         return
-    with tempfile.NamedTemporaryFile(prefix="infermill-", suffix=".txt") as copy:
+    with tempfile.NamedTemporaryFile(prefix="standard-input-", suffix=".txt") as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy)
         copy.flush()
         yield copy.name

@@ -110,7 +110,7 @@ def shards_of(uri: str) -> Shards | None:
     if query is None:
         return shards
     if query[2] not in get_args(Split):
-        raise UsageError(f"{uri} has the split {query[2]!r}", f"write ?split= and one of {get_args(Split)}")
+        raise UsageError(f"{uri}: there is no split {query[2]!r}", f"write ?split= and {' or '.join(get_args(Split))}")
     return Shards(shards.format, query[1], query[2])  # type: ignore[arg-type]
 
 

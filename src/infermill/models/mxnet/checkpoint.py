@@ -169,7 +169,7 @@ def _params_of(place: Location, stem: str, store: StoreOptions, epoch: int | Non
         )
     if epoch is not None and epoch not in epochs:
         there = ", ".join(map(str, sorted(epochs)[:10]))
-        raise ModelError(f"{prefix.uri} has no epoch {epoch}", f"there are the epochs {there}")
+        raise ModelError(f"{prefix.uri} has no epoch {epoch}", f"its epochs: {there}")
     chosen = max(epochs) if epoch is None else epoch
     notes = (f"the epoch is {chosen}, the newest of {len(epochs)} (--epoch takes another)",)
     return epochs[chosen], notes if epoch is None and len(epochs) > 1 else ()
