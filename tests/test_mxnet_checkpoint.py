@@ -132,7 +132,7 @@ def test_a_checkpoint_in_a_bucket_is_as_the_one_on_disk(bucket: Bucket, tmp_path
     ("name", "given", "message", "hint"),
     [
         ("absent", {}, "neither a model card nor a network", "PREFIX-symbol.json"),
-        ("tiny", {"epoch": 5}, "has no epoch 5", "there are the epochs 0"),
+        ("tiny", {"epoch": 5}, "has no epoch 5", "its epochs: 0"),
         ("tiny-0000.params", {"epoch": 5}, "is not epoch 5", "one of the two"),
         ("alone-0000.params", {}, "there is no alone-symbol.json", "net.export(PREFIX)"),
         ("bare-symbol.json", {}, "there is no bare-0000.params", "beside the symbol"),

@@ -232,7 +232,7 @@ def test_what_cannot_be_a_shard_is_refused(tmp_path: Path) -> None:
         listed(str(tmp_path / "missing.rec"), (".jpg",))
     with pytest.raises(UsageError, match="is compressed"):
         shards_of("tar:photos.tar.zst")
-    with pytest.raises(UsageError, match="has the split 'valid'"):
+    with pytest.raises(UsageError, match="there is no split 'valid'"):
         shards_of("cifar10:folder?split=valid")
 
 
