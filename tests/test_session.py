@@ -191,7 +191,12 @@ def test_executors_that_never_come_are_told(
     with ThreadPoolExecutor(1) as pool, spark_session(options) as session:
         surveyed = pool.submit(survey, session)
         wait_until(lambda: "no executor has answered for 2 s" in caplog.text)
-        session.sparkContext.cancelAllJobs()
+
+        def has_given_up() -> bool:
+            session.sparkContext.cancelAllJobs()  # which it may not have started yet
+            return surveyed.done()
+
+        wait_until(has_given_up)
         with pytest.raises(infermill.InfermillError, match="Spark gave up"):
             surveyed.result()
 
