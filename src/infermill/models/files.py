@@ -37,7 +37,7 @@ CARD = FileKind("the model card", "a model card is a short YAML file; pass the n
 LABELS = FileKind("the labels file", "a labels file holds one label a line", 16 << 20)
 NETWORK = FileKind("the network")
 SYMBOL = FileKind("the symbol", "a symbol is the JSON file that MXNet saves as PREFIX-symbol.json", MAX_SYMBOL_BYTES)
-PARAMS = FileKind("the parameters", "parameters are what MXNet saves as PREFIX-0000.params")
+PARAMS = FileKind("the parameters file", "parameters are what MXNet saves as PREFIX-0000.params")
 ARCHIVE = FileKind("the archive")
 PATH_HINT = "check the path; those in a card are relative to the card"
 
@@ -86,7 +86,7 @@ def _local_file(place: Location, kind: FileKind) -> Path:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{kind.what}: {path} does not exist", PATH_HINT) from None
+        raise ModelError(f"{kind.what} {path} does not exist", PATH_HINT) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise unreadable(kind, path, error) from None
     if not stat.S_ISREG(status.st_mode):
