@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infermill.errors import JobMismatchError, UsageError
-from infermill.output import PLAN_FOLDER, SUCCESS_FILE, Output
+from infermill.output import PLAN_FOLDER, SUCCESS_FILE, Output, damaged
 from infermill.parts import ERROR_TYPE, claimed_report, is_intact, part_name
 from infermill.record import Record, differing_totals, read_record, totals_of
 from infermill.sources.shards import label_type
@@ -217,7 +217,7 @@ class _Audit:
         except JobMismatchError:
             return _Finding([f"{name} belongs to another job"])
         except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
-            return _Finding([f"{name} is damaged, or infermill did not write it: {error}"])
+            return _Finding([damaged(name, error).message])
         problems = [] if is_intact(content) else [f"{name} is not as it was written: its sha256 differs"]
         if planned is not None and not rows["key"].equals(planned):
             problems.append(f"{name} does not hold the keys of its partition")

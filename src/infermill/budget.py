@@ -1,6 +1,6 @@
 """How many objects of a job may fail."""
 
-import sys
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -37,7 +37,7 @@ class Budget:
         except ValueError:
             number = -1.0
         is_share = text.endswith("%")
-        if not 0 <= number <= (100 if is_share else sys.float_info.max):
+        if not 0 <= number < math.inf or (is_share and number > 100):
             raise UsageError(f"--max-failures {text} is neither a number nor a percentage", "write 10, or 1%")
         return cls(text, number, is_share)
 

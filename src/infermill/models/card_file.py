@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _CARD = TypeAdapter(ModelCard)
-
 MAX_SCALAR_CHARS = 4096
+_FIELDS_HINT = "see docs/model-card.md for every field"
 # PyYAML's own, and what it lets through where a scalar or a nesting is not what its tag or Python can take.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
@@ -92,14 +92,14 @@ def parse_card(data: Any, where: str = "the card") -> ModelCard:
             raise _no_such_word(where, problems[0]) from None
         reason = "Input should have fields" if problems[0]["type"] == "dataclass_type" else problems[0]["msg"]
         message = f"{where}: `{_path(problems[0]['loc'])}`: {reason.removeprefix('Value error, ')}"
-        raise ModelError(message, "see docs/model-card.md for every field") from None
+        raise ModelError(message, _FIELDS_HINT) from None
 
 
 def _no_such_word(where: str, problem: "ErrorDetails") -> ModelError:
     """One of a few words, and another one is given."""
     words, given = re.findall(r"'([^']*)'", problem["ctx"]["expected"]), str(problem["input"])
     near = difflib.get_close_matches(given, words, n=1)
-    hint = f"did you mean `{near[0]}`?" if near else "see docs/model-card.md for every field"
+    hint = f"did you mean `{near[0]}`?" if near else _FIELDS_HINT
     return ModelError(f"{where}: `{_path(problem['loc'])}`: {problem['msg']}, not {given[:100]!r}", hint)
 
 
