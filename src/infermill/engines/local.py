@@ -159,7 +159,7 @@ class _Child:
         )
         theirs.close()
         self.connection: Connection[object, object] = Connection(ours.detach())
-        self.killed_for: Entry | None = None
+        self.killed_for: list[Entry] = []
         self.is_closed = False
 
     def kill(self) -> None:
@@ -187,12 +187,15 @@ class _Child:
                         return
             except (EOFError, OSError):
                 return
-            overdue = _overdue(self.journal.entries(), item_timeout_seconds)
+            # Half of the time, and not the oldest alone: where native code hangs with Python's lock held, all that is in
+            # hand hangs with it, and what began before the culprit is overdue first.
+            old = _older_than(item_timeout_seconds / 2, self.journal.entries())
             # Twice the same: an entry that is being written can be read as another one.
-            self.killed_for = self.killed_for or next((one for one in overdue if watched.get(one.started) == one), None)
-            if self.killed_for:
+            stuck = [entry for entry in old if watched.get(entry.started) == entry]
+            if not self.killed_for and _older_than(item_timeout_seconds, stuck):
+                self.killed_for = stuck
                 self.kill()
-            watched = {entry.started: entry for entry in overdue}
+            watched = {entry.started: entry for entry in old}
 
     def answer(self, message: object) -> None:
         with suppress(OSError):  # it is dead, which `messages` will say
@@ -204,7 +207,7 @@ class _Child:
         entries = self.journal.entries()
         self.close()
         if self.killed_for:
-            return _Death("timeout", "it took longer than --item-timeout", [self.killed_for])
+            return _Death("timeout", "it took longer than --item-timeout", self.killed_for)
         if code == -signal.SIGKILL:
             return _Death("oom", "the worker was killed (SIGKILL), as the system does where memory runs out", entries)
         return _Death("native_crash", f"the worker died ({death_of(code)})", entries)
@@ -218,9 +221,9 @@ class _Child:
             self.journal.close()
 
 
-def _overdue(entries: Iterable[Entry], item_timeout_seconds: float) -> list[Entry]:
+def _older_than(seconds: float, entries: Iterable[Entry]) -> list[Entry]:
     now = time.monotonic()
-    return [entry for entry in entries if now - entry.started > item_timeout_seconds]
+    return [entry for entry in entries if now - entry.started > seconds]
 
 
 @dataclass(frozen=True, slots=True)
