@@ -187,8 +187,8 @@ class _Child:
                         return
             except (EOFError, OSError):
                 return
-            # Half of the time, and not the oldest alone: where native code hangs with Python's lock held, all that is in
-            # hand hangs with it, and what began before the culprit is overdue first.
+            # Half of the time, and not the oldest alone: where native code hangs with Python's lock held, all that is
+            # in hand hangs with it, and what began before the culprit is overdue first.
             old = _older_than(item_timeout_seconds / 2, self.journal.entries())
             # Twice the same: an entry that is being written can be read as another one.
             stuck = [entry for entry in old if watched.get(entry.started) == entry]
