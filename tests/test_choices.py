@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import infermill.choices
 from infermill.choices import KEPT_DAYS, MAX_BYTES, MAX_TRIES, Choice, Choices
 from infermill.errors import InfermillError
 
@@ -109,6 +110,16 @@ def test_others_wait_and_have_something_to_do() -> None:
         assert choices().read() == Choice(2, 64, "by the other", TODAY)
     assert waited.is_set()
     other.join()
+
+
+def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infermill.choices, "ALONE_SECONDS", 0.2)
+    with (
+        choices().alone(lambda: None),
+        pytest.raises(InfermillError, match="does not end"),
+        choices(digest="sha256:2").alone(lambda: None),
+    ):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

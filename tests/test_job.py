@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +18,16 @@ import pytest
 from PIL import Image
 
 import infermill
-from infermill import CardOptions, Options
+from infermill import CardOptions, Options, estimation
 from infermill.errors import JobMismatchError, ModelError, SourceError, UsageError
 from infermill.meter import Meter
+from infermill.models.model import Model
 from infermill.models.opening import open_model
 from infermill.output import Output
 from infermill.record import check_same_job, fingerprint, read_record
 from infermill.runtimes.openvino import precisions
+from infermill.tuning import Work
+from infermill.worker import load_predictor
 from tests.networks import tiny_classifier
 from tests.servers import Answer, ScriptedStore
 
@@ -416,6 +420,19 @@ def test_an_estimate_writes_nothing_and_foresees_failures(card: Path, photos: Pa
     assert estimate.size_bytes == sum(path.stat().st_size for path in photos.iterdir())
     assert estimate.partitions == 7
     assert estimate.seconds == pytest.approx(40 / estimate.objects_per_second)
+
+
+def test_an_estimate_takes_the_cores_of_all_workers(card: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Options] = []
+
+    def load(model: Model, options: Options, meter: Meter, work: Work) -> Any:
+        taken.append(options)
+        return load_predictor(model, options, meter, work)
+
+    monkeypatch.setattr(estimation, "load_predictor", load)
+    for threads in (None, 2):
+        infermill.estimate(photos, card, replace(SMALL, workers=3, threads=threads))
+    assert [(one.workers, one.threads) for one in taken] == [(1, None), (1, 6)]
 
 
 def test_an_estimate_probes_a_sample_of_a_large_source(card: Path, photos: Path) -> None:

@@ -19,6 +19,7 @@ from infermill.meter import Meter
 from infermill.pipeline import run_pipeline
 from infermill.stages import Arrays, Network, PartitionRows, Share, Stages
 from infermill.types import Failure, ObjectRef
+from infermill.verdict import bottleneck
 
 
 def _fetch(ref: ObjectRef, reserve: Callable[[int], None]) -> bytes:
@@ -199,6 +200,20 @@ def test_the_meter_knows_where_the_time_went() -> None:
     list(run_pipeline([Share(0, refs)], _with(predict=slow), meter))
     assert meter.stage_seconds["predict"] >= 10 * 0.02
     assert meter.stage_seconds["predict"] > meter.stage_seconds["decode"]
+
+
+def test_threads_that_wait_for_the_network_are_not_without_work() -> None:
+    def slow(batch: NDArray[np.uint8]) -> Arrays:
+        time.sleep(0.02)
+        return _predict(batch)
+
+    meter = Meter()
+    refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
+    stages = replace(_with(predict=slow, streams=1), compute_threads=4)
+    list(run_pipeline([Share(0, refs)], stages, meter))
+    assert meter.stage_seconds["idle"] >= meter.waits["network"] > 3 * 0.02
+    assert meter.looks and meter.decoded_seen > meter.looks
+    assert bottleneck(meter.pace_seconds) == "predict"
 
 
 def test_a_caller_that_is_slow_slows_the_pipeline_down() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 import infermill
+from infermill import tuning
 from infermill.choices import MAX_TRIES, Choices
 from infermill.errors import ModelError
 from infermill.jobspec import Job
@@ -20,10 +22,12 @@ from infermill.models.model import Model
 from infermill.models.opening import open_model
 from infermill.output import Output
 from infermill.record import read_record
+from infermill.runtimes import Predictor
 from infermill.tuning import (
     AS_TOLD,
     FIXED,
     NO_JOB,
+    NO_MEMORY,
     PROBE_SECONDS,
     SHORT,
     UNFINISHED,
@@ -105,6 +109,19 @@ def test_a_large_network_is_not_tried() -> None:
 def test_settings_for_which_there_is_no_memory_are_left_out() -> None:
     machine = Machine(call_seconds=1e-3, row_seconds=1e-4)
     machine.refused = {Setting(2, 64), Setting(2, 128)}
+    assert machine.choice() == Setting(2, 32)
+
+
+def test_memory_that_others_take_meanwhile_ends_no_probe() -> None:
+    machine = Machine(call_seconds=1e-3, row_seconds=1e-4)
+    calm = machine.rate
+
+    def rate(setting: Setting, seconds: float) -> float:
+        if machine.now > 0.5:
+            machine.refused = {Setting(2, 64), Setting(2, 128)}
+        return calm(setting, seconds)
+
+    machine.rate = rate  # type: ignore[method-assign]
     assert machine.choice() == Setting(2, 32)
 
 
@@ -243,6 +260,25 @@ def test_without_a_cache_there_is_no_probe(tmp_path: Path, monkeypatch: pytest.M
     predictor, _ = load_tuned(tiny_model(tmp_path), Options(), 2, LONG)
     assert predictor.batch_size == 8
     assert predictor.reason.startswith("default: the cache folder /dev/null/x/infermill cannot be written")
+
+
+def test_no_batch_is_tried_that_might_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "free_memory", lambda: 1 << 10)
+    predictor, _ = load_tuned(tiny_model(tmp_path), Options(), 2, LONG)
+    assert (predictor.batch_size, predictor.reason) == (8, "probed: the default, of 1 settings")
+
+
+def test_where_the_default_does_not_fit_into_memory_there_is_no_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def infer_two(predictor: Predictor, batch: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        if len(batch) > 2:
+            raise MemoryError
+        return predictor(batch)
+
+    monkeypatch.setattr(tuning, "infer", infer_two)
+    predictor, _ = load_tuned(tiny_model(tmp_path), Options(), 2, LONG)
+    assert (predictor.batch_size, predictor.reason) == (8, NO_MEMORY)
 
 
 def test_a_network_that_no_other_batch_fits_keeps_its_default() -> None:

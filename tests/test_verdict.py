@@ -25,7 +25,7 @@ def test_the_bottleneck_is_what_the_others_wait_for(busy: dict[str, float], expe
         (
             {"predict": 93.0, "idle": 2.0, "decode": 5.0, "fetch": 1.0, "write": 0.0},
             "predict-bound: 93 % of the compute threads' time is the network; "
-            "try less precision: --precision, infermill quantize",
+            "try infermill quantize, or --precision where the processor has it",
         ),
         (
             {"predict": 30.0, "idle": 9.0, "decode": 61.0, "fetch": 1.0, "write": 0.0},
@@ -41,11 +41,11 @@ def test_the_bottleneck_is_what_the_others_wait_for(busy: dict[str, float], expe
     ],
 )
 def test_a_sentence_says_so_and_what_to_try(busy: dict[str, float], expected: str) -> None:
-    assert verdict(busy, is_exact=True, is_fp32=True) == expected
+    assert verdict(busy, can_decode_faster=True, is_fp32=True) == expected
 
 
 def test_what_is_done_already_is_not_proposed() -> None:
     busy = {"predict": 30.0, "idle": 9.0, "decode": 61.0, "fetch": 1.0, "write": 0.0}
-    assert "--decode fast" not in verdict(busy, is_exact=False, is_fp32=False)
+    assert "--decode fast" not in verdict(busy, can_decode_faster=False, is_fp32=False)
     busy = {"predict": 93.0, "idle": 2.0, "decode": 5.0, "fetch": 1.0, "write": 0.0}
-    assert verdict(busy, is_exact=False, is_fp32=False).endswith("; more cores would help")
+    assert verdict(busy, can_decode_faster=False, is_fp32=False).endswith("; more cores would help")

@@ -26,6 +26,8 @@ KEPT_DAYS = 30
 "Then it is probed again: neighbours, kernels and clocks change, and a key does not tell."
 MAX_TRIES = 2
 "Probes that did not end, as where memory ran out: the default is taken after so many."
+ALONE_SECONDS = 60.0
+"So long does a worker wait for the probe of another one, which may be stopped, or on another machine."
 MAX_BYTES = 1 << 14
 MAX_STREAMS = 1 << 12
 MAX_BATCH_SIZE = 1 << 16
@@ -115,14 +117,19 @@ class Choices:
             meanwhile: called again and again while another one probes.
 
         Raises:
-            InfermillError: the cache folder cannot be written.
+            InfermillError: the cache folder cannot be written, or the other one does not end.
         """
+        deadline = time.monotonic() + ALONE_SECONDS
         path = self.path.with_name("probe.lock")
         with cache_errors():
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
             file = path.open("ab")
         with file:
             while not _is_locked(file.fileno()):
+                if time.monotonic() > deadline:
+                    raise InfermillError(
+                        "the probe of another worker does not end", f"delete {path} if none is running"
+                    )
                 meanwhile()
             yield
 

@@ -115,14 +115,19 @@ class Driver:
             objects_per_second=round(meter.objects / seconds, 2),
             stage_seconds={stage: round(spent, 3) for stage, spent in meter.stage_seconds.items()},
             idle_seconds={
-                "fetch": round(meter.fetch_idle_seconds, 3),
+                "fetch": round(meter.waits["fetch"], 3),
                 "compute": round(meter.stage_seconds["idle"], 3),
+                "network": round(meter.waits["network"], 3),
             },
             queue_depths={
                 "fetched": round(meter.fetched_seen / looks, 1),
                 "decoded": round(meter.decoded_seen / looks, 1),
             },
-            verdict=verdict(meter.stage_seconds, is_exact=self.options.decode == "exact", is_fp32=precision == "fp32"),
+            verdict=verdict(
+                meter.pace_seconds,
+                can_decode_faster=self.options.decode == "exact" and self.model.card.preprocess is not None,
+                is_fp32=precision == "fp32",
+            ),
             workers=meter.workers,
             model_loads=meter.model_loads,
             halved_batches=meter.halved_batches,

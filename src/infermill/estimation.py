@@ -1,7 +1,7 @@
 """What a job would be, told without writing anything: count the source, predict a sample of it."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,10 @@ def estimate(
     list_seconds = time.monotonic() - started
     meter = Meter()
     work = Work(objects // options.workers, waiting_rows(resolved))
-    predictor, tasks = load_predictor(resolved, options, meter, work)  # as the job's workers will
-    stages = stages_of(where, resolved, options, lambda: network_of(predictor, tasks))
+    # One worker with the cores of them all.
+    together = replace(options, workers=1, threads=options.threads and options.threads * options.workers)
+    predictor, tasks = load_predictor(resolved, together, meter, work)
+    stages = stages_of(where, resolved, together, lambda: network_of(predictor, tasks))
     started = time.monotonic()
     for _ in run_pipeline([Share(0, sample.refs)], stages, meter):
         pass

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from infermill.trace import Trace
 
 STAGES = ("list", "fetch", "decode", "predict", "write", "idle")
+WAITS = ("fetch", "network")
+"A fetch thread waits for room, or for something to fetch; a compute thread, for others to be done with the network."
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Counts:
     size_bytes: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    fetch_idle_seconds: float = 0.0
+    waits: Mapping[str, float] = field(default_factory=dict)
     looks: int = 0
     "How often somebody looked at the queues."
     fetched_seen: int = 0
@@ -48,7 +50,7 @@ class Meter:
         self.size_bytes = 0
         self.failures: Counter[str] = Counter()
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
-        self.fetch_idle_seconds = 0.0
+        self.waits = dict.fromkeys(WAITS, 0.0)
         self.looks = self.fetched_seen = self.decoded_seen = 0
         self.model_loads = 0
         self.halved_batches = 0
@@ -67,11 +69,18 @@ class Meter:
             self.trace.add(stage, started, ended, objects)
         return seconds
 
-    def wait(self, started: float) -> None:
-        """This fetch thread waited since `started` for room, or for something to fetch."""
+    def wait(self, what: str, started: float) -> None:
+        """This thread waited since `started`: as one of WAITS says."""
         seconds = time.perf_counter() - started
         with self._lock:
-            self.fetch_idle_seconds += seconds
+            self.waits[what] += seconds
+
+    @property
+    def pace_seconds(self) -> dict[str, float]:
+        """Thread-seconds by stage, for a verdict: who waits for the network is not idle, but in the stage `predict`."""
+        with self._lock:
+            seconds, waited = dict(self.stage_seconds), self.waits["network"]
+        return seconds | {"predict": seconds["predict"] + waited, "idle": seconds["idle"] - waited}
 
     def look(self, fetched: int, decoded: int) -> None:
         """So many objects wait at this moment to be decoded, and to be predicted."""
@@ -109,7 +118,7 @@ class Meter:
                 self.size_bytes,
                 dict(self.failures),
                 self.stage_seconds,
-                self.fetch_idle_seconds,
+                self.waits,
                 self.looks,
                 self.fetched_seen,
                 self.decoded_seen,
@@ -129,7 +138,8 @@ class Meter:
             self.failures = +self.failures
             for stage, seconds in counts.stage_seconds.items():
                 self.stage_seconds[stage] += seconds
-            self.fetch_idle_seconds += counts.fetch_idle_seconds
+            for what, seconds in counts.waits.items():
+                self.waits[what] += seconds
             self.looks += counts.looks
             self.fetched_seen += counts.fetched_seen
             self.decoded_seen += counts.decoded_seen

@@ -197,7 +197,7 @@ class _Pipeline:
                     break
                 self._inputs.extend(partition)
             taken = [self._inputs.popleft() for _ in range(min(count, len(self._inputs)))]
-        self._meter.wait(started)
+        self._meter.wait("fetch", started)
         return taken
 
     def _hand_over(self, fetched: list[Fetched[_Input]]) -> None:
@@ -207,7 +207,7 @@ class _Pipeline:
                 started = time.perf_counter()
                 while len(self._fetched) >= self._max_fetched and not self._stopping.is_set():
                     self._room.wait()
-                self._meter.wait(started)
+                self._meter.wait("fetch", started)
             self._fetched.extend(fetched)
             self._work.notify()
 
@@ -238,9 +238,11 @@ class _Pipeline:
                     if self._predicting == 0:
                         self._finished.put(None)
                     return None
-                started = time.perf_counter()
+                started, is_queueing = time.perf_counter(), self._is_network_full()
                 self._work.wait()
                 self._meter.spend("idle", started)
+                if is_queueing:
+                    self._meter.wait("network", started)
         raise _StoppedError
 
     def _take_fetched(self, count: int) -> list[Fetched[_Input]]:
@@ -251,8 +253,11 @@ class _Pipeline:
             self._room.notify()
         return taken
 
+    def _is_network_full(self) -> bool:
+        return self._network is not None and self._predicting == self._network.streams and bool(self._decoded)
+
     def _can_predict(self) -> bool:
-        if self._network is None or self._predicting == self._network.streams or not self._decoded:
+        if self._network is None or not self._decoded or self._is_network_full():
             return False
         return len(self._decoded) >= self._batch_size or self._is_all_decoded()
 

@@ -118,12 +118,12 @@ class _Rates:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._history = [(time.monotonic(), 0, dict(meter.stage_seconds))]
+        self._history = [(time.monotonic(), 0, meter.pace_seconds)]
         self.objects_per_second = 0.0
         self.bottleneck = ""
 
     def update(self) -> None:
-        now, stages = time.monotonic(), dict(self._meter.stage_seconds)
+        now, stages = time.monotonic(), self._meter.pace_seconds
         if [objects for _, objects, _ in self._history[-2:]] == [self._meter.objects] * 2:
             self._history.pop()  # of a time in which nothing is done, its beginning and its end are enough
         self._history.append((now, self._meter.objects, stages))

@@ -60,6 +60,7 @@ def summary_text(summary: Summary) -> str:
     if summary.model_loads:
         stages = (f"{stage} {seconds:,.1f}" for stage, seconds in summary.stage_seconds.items())
         lines += ["", Text(f"thread-seconds: {' · '.join(stages)}", style="dim")]
+        lines.append(Text(_waits(summary), style="dim"))
         if summary.verdict:
             lines.append(Text(summary.verdict, style="dim"))
         lines += [Text(_choice(summary.choice), style="dim")] if summary.choice else []
@@ -67,6 +68,12 @@ def summary_text(summary: Summary) -> str:
         lines.append(Text(f"traces for https://ui.perfetto.dev: {_visible(summary.profile)}"))
     lines += ["", Text(_visible(summary.output))]
     return _rendered(lines)
+
+
+def _waits(summary: Summary) -> str:
+    idle, queues = summary.idle_seconds, summary.queue_depths
+    waits = f"waited: for room or the plan to fetch {idle['fetch']:,.1f} · for the network {idle['network']:,.1f}"
+    return f"{waits}; queues: {queues['fetched']:,.1f} fetched · {queues['decoded']:,.1f} decoded"
 
 
 def _failures(codes: Mapping[str, int], examples: Mapping[str, str]) -> Table:

@@ -51,6 +51,7 @@ AS_TOLD = "as told (--batch)"
 FIXED = "fixed batch of the network"
 SHORT = "default: the job is short"
 NO_JOB = "default: it is not known how much there is to do"
+NO_MEMORY = "default: there is no memory for a probe"
 UNFINISHED = "the default, since the probes before this did not end"
 TOO_SLOW = "default: a batch takes {seconds:.1f} s, too long to try others"
 NOT_PROBED = "default of mxnet"
@@ -108,13 +109,15 @@ def load_tuned(model: Model, options: Options, threads: int, work: Work) -> tupl
     load_seconds = time.perf_counter() - started
     predictor, tasks = _with_rows(model, predictor, FIXED if predictor.is_fixed else SHORT if work.rows else NO_JOB)
     bench = _Bench(model, tasks, predictor, load_with, options.workers)
-    tried = _worth_trying(bench, predictor, work, load_seconds, threads)
-    if isinstance(tried, str):
-        return replace(predictor, reason=tried), tasks
     try:
+        tried = _worth_trying(bench, predictor, work, load_seconds, threads)
+        if isinstance(tried, str):
+            return replace(predictor, reason=tried), tasks
         chosen, why = _probed_once(bench, choices, tried, work.still)
     except InfermillError as error:  # without a cache, each worker would probe, at each start
         return replace(predictor, reason=f"default: {error.message}"), tasks
+    except MemoryError:  # the job halves its batches, where it meets that
+        return replace(predictor, reason=NO_MEMORY), tasks
     # Anew, for what the longest batch of the probe has taken is not given back by itself.
     del predictor, tasks, bench
     return _with_rows(model, load_with(streams=chosen.streams, batch_size=chosen.batch_size), f"probed: {why}")
@@ -221,6 +224,9 @@ def explore(
     """Measure the default and other settings in turn, forwards and backwards, until the time of a probe is over.
 
     A setting for which there is no memory, or that the runtime refuses, is left out.
+
+    Raises:
+        MemoryError: there is none for the default.
     """
     deadline = clock() + PROBE_SECONDS
     live: list[Setting] = [default]
@@ -233,7 +239,14 @@ def explore(
     while len(live) > 1 or not rounds:
         started = clock()
         order = live if len(rounds) % 2 else live[::-1]
-        rounds.append({setting: rate(setting, SLICE_SECONDS) for setting in order})
+        measured: dict[Setting, float] = {}
+        for setting in order:
+            try:
+                measured[setting] = rate(setting, SLICE_SECONDS)
+            except (MemoryError, InfermillError):  # another worker may have loaded its network meanwhile
+                if setting == default:
+                    raise
+        rounds.append(measured)
         took = clock() - started
         live = contenders(rounds, default)
         if clock() + (took if len(rounds) >= MIN_ROUNDS else 0.0) > deadline:
@@ -289,8 +302,8 @@ class _Bench:
         self._load_with = load_with
         self._workers = workers
         self._predictors = {predictor.streams: predictor}
+        self._resident_before = _resident_bytes()
         self._row_bytes: float | None = None
-        self._fitting = 0
         self.default = Setting(predictor.streams, predictor.batch_size)
 
     def row_seconds(self) -> float:
@@ -320,9 +333,9 @@ class _Bench:
             InfermillError: the runtime refuses it.
         """
         if setting == self.default and self._row_bytes is None:
-            before = _resident_bytes()
             rate = self.run(setting, seconds)
-            self._row_bytes = max(_resident_bytes() - before, 0) / (setting.streams * setting.batch_size)
+            grown = _resident_bytes() - self._resident_before
+            self._row_bytes = max(grown / (setting.streams * setting.batch_size), self._row.nbytes)
             return rate
         needed = (self._row_bytes or 0.0) * setting.streams * setting.batch_size * self._workers
         free = free_memory()

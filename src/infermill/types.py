@@ -240,7 +240,8 @@ class Summary:
 
     `seconds` is wall time of this run. `stage_seconds` are thread-seconds of this run: time spent busy in
     each stage summed over its threads, and `idle`, the time in which a compute thread had nothing to do.
-    `idle_seconds` has that as `compute`, and as `fetch` the time in which fetch threads waited for room or the plan.
+    `idle_seconds` has that as `compute`, of it as `network` the time in which objects waited for the network with it,
+    and as `fetch` the time in which fetch threads waited for room or the plan.
     `queue_depths` are the mean numbers of objects that waited to be decoded, and to be predicted, whenever a compute
     thread looked for work. `verdict` says in a sentence what sets the pace.
     """
@@ -263,7 +264,7 @@ class Summary:
     runtime: str
     precision: str
     choice: Mapping[str, int | str]
-    "Streams, rows of a batch and threads of a worker, and the reason; `others`: so many workers' choices differ."
+    "Streams, rows of a batch and threads of a worker, and the reason; `others`: how many other choices there were."
     digest: str
     output: str
     new: int | None = None

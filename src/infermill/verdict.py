@@ -17,18 +17,18 @@ def bottleneck(busy_seconds: Mapping[str, float]) -> str:
     return max(("fetch", "write") if is_waiting else ("predict", "decode"), key=lambda stage: busy_seconds[stage])
 
 
-def verdict(stage_seconds: Mapping[str, float], *, is_exact: bool, is_fp32: bool) -> str:
+def verdict(stage_seconds: Mapping[str, float], *, can_decode_faster: bool, is_fp32: bool) -> str:
     """A sentence: the stage that sets the pace, its part of the compute threads' time, and what to try; or none where
     the job was too short to tell.
 
     Args:
-        stage_seconds: thread-seconds by stage, as a summary has them.
-        is_exact: images are decoded with the profile `exact`.
+        stage_seconds: thread-seconds by stage, as `Meter.pace_seconds` has them.
+        can_decode_faster: images are decoded, with the profile `exact`.
         is_fp32: the network computes in fp32.
 
     Example:
         >>> busy = {"list": 0, "fetch": 2.0, "decode": 61.0, "predict": 30.0, "write": 1.0, "idle": 9.0}
-        >>> verdict(busy, is_exact=True, is_fp32=True)
+        >>> verdict(busy, can_decode_faster=True, is_fp32=True)
         "decode-bound: 61 % of the compute threads' time is decoding; try --decode fast"
     """
     stage = bottleneck(stage_seconds)
@@ -36,10 +36,10 @@ def verdict(stage_seconds: Mapping[str, float], *, is_exact: bool, is_fp32: bool
     if not stage or total < _TELLING_SECONDS:
         return ""
     what, hint = {
-        "decode": ("decoding", "try --decode fast" if is_exact else "more cores would help"),
+        "decode": ("decoding", "try --decode fast" if can_decode_faster else "more cores would help"),
         "predict": (
             "the network",
-            "try less precision: --precision, infermill quantize" if is_fp32 else "more cores would help",
+            "try infermill quantize, or --precision where the processor has it" if is_fp32 else "more cores would help",
         ),
         "fetch": ("waiting for objects", "a nearer or faster source would help"),
         "write": ("waiting for parts to be written", "a nearer or faster output would help"),
