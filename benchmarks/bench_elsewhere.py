@@ -12,7 +12,7 @@ import boto3
 from infermill.limits import usable_cores
 from material import Material
 from measuring import cpu_seconds, median, s3_server, spread, table
-from rates import Series, best_of_each, failures, times
+from rates import Series, failures, times
 from ways import Way, checkpoint, job, mxnet_python, peer_ways
 
 KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
@@ -28,16 +28,11 @@ def measure(made: Material) -> str:
     local = Series(job("local files", card))
     lacking = {}
     master = f"local[{usable_cores()}]"
-    column = Path(__file__).with_name("spark_column.py")
     others = [
         Series(job("`--engine spark`", card, "--engine", "spark", "--master", master)),
-        Series(
-            Way(
-                "column",
-                "`infermill.spark.predict` over `binaryFile`",
-                lambda source, out: [sys.executable, str(column), source, str(card), str(out)],
-            )
-        ),
+        Series(_program("the same, 6 partitions in a task", "spark_engine.py", card, made.few // 6, 8)),
+        Series(_program("the same, 6 partitions in 6 tasks", "spark_engine.py", card, made.few // 6, 1)),
+        Series(_program("`infermill.spark.predict` over `binaryFile`", "spark_column.py", card)),
     ]
     if python := mxnet_python():
         symbol = checkpoint(made.work / "resnet18.onnx", Path(python)).with_name("resnet18-symbol.json")
@@ -49,20 +44,19 @@ def measure(made: Material) -> str:
     programs = [program for program in REPLACED if program in made.peers]
     ways, not_there = peer_ways(made.work / "resnet18.onnx", 224, programs)
     lacking |= not_there
-    theirs = running = [Series(way) for way in ways]
+    theirs = [Series(way) for way in ways]
     with s3_server() as (url, server):
         remote = Series(job("from an S3 server on the same cores", card, "--endpoint-url", url, **KEYS))
         for folder in ("twelve", "few"):
             _upload(url, made.work / folder)
         shares = []
-        for number in range(made.rounds):
+        for _ in range(made.rounds):
             local.measure(made, made.work / "twelve", made.work / "few", made.few)
-            for series in (*others, *running):
+            for series in (*others, *theirs):
                 series.measure(made, made.work / "twelve", made.work / "few", made.few)
             before, started = cpu_seconds(server), time.perf_counter()
             remote.measure(made, "s3://twelve/", "s3://few/", made.few)
             shares.append((cpu_seconds(server) - before) / (time.perf_counter() - started) / usable_cores())
-            running = best_of_each(theirs) if number == 0 else running
     rows = [
         [
             series.way.name,
@@ -79,6 +73,12 @@ def measure(made: Material) -> str:
         f"{made.few} photos of 500x375, ResNet-18, fp32. The S3 server takes {median(shares):.1%} of the CPU.\n\n"
         f"{table(header, rows)}\n\n" + "\n".join(failures([local, remote, *others, *theirs], lacking))
     )
+
+
+def _program(name: str, file: str, card: Path, *arguments: int) -> Way:
+    """A program of this folder."""
+    program = [sys.executable, str(Path(__file__).with_name(file))]
+    return Way(name, name, lambda source, out: [*program, source, str(card), str(out), *map(str, arguments)])
 
 
 def _upload(url: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""2,000 photos of 500x375 through ResNet-18: against the limit of the machine, and against the peers.
+"""Photos of 500x375 through ResNet-18: against the limit of the machine, and against the peers.
 
 The limit is 1 / (1/network + 1/(cores · decode per core)): what the machine could do if decoding JPEG and running the
 network, in the same precision, were all there is, and neither ever waited. Decoding is JPEG to RGB alone; resizing is
@@ -11,7 +11,7 @@ from alone import decode_rate, network_rate
 from infermill.limits import usable_cores
 from material import Material, add_precisions, agreement, reference
 from measuring import median, spread, table
-from rates import FINALISTS, Series, best_of_each, failures, ranked, times
+from rates import FINALISTS, Series, best_of_each, failures, finalists, times
 from ways import job, peer_ways, versions
 
 PROFILES = ("exact", "fast")
@@ -45,7 +45,6 @@ def measure(made: Material) -> str:
     )
     ways, lacking = peer_ways(made.work / "resnet18.onnx", 224, made.peers)
     theirs = running = [Series(way) for way in ways]
-    chosen: list[Series] = []
     for _ in range(made.rounds):
         decodes.append(decode_rate(made.work / "photos"))
         for precision, card in made.cards.items():
@@ -67,12 +66,11 @@ def measure(made: Material) -> str:
         for series in running:
             series.measure(made, made.work / "twelve", made.work / "few", made.few)
             print(f"    {series.way.name}: {series.failed or f'{series.rates[-1]:.1f} images/s'}", flush=True)
-        chosen = chosen or best_of_each(theirs)
-        running = chosen[:FINALISTS]
+        running = finalists(theirs)
     return "\n\n".join(
         (
             _limit_table(made, limits, decodes),
-            _peer_table(made, [*ours.values(), other], theirs, ranked(chosen), lacking),
+            _peer_table(made, [*ours.values(), other], theirs, best_of_each(theirs), lacking),
         )
     )
 
@@ -119,13 +117,14 @@ def _peer_table(
         rows.append([series.way.name, spread(series.rates, ".1f"), ratio, start, peak, same])
     header = ["", "images/s after start-up", "times the best peer", "12 photos, whole process, s", "peak memory"]
     others = [series for series in theirs if series not in chosen and not series.failed]
-    slower = [f"- {series.way.name}: {series.rates[0]:.1f} images/s in the first round" for series in others]
+    slower = [f"- {series.way.name}: {spread(series.rates, '.1f')} images/s" for series in others]
     notes = [*failures(theirs, lacking), *slower]
     return (
         f"Against the peers, the same photos and network, Parquet with the best five classes: infermill over "
         f"{made.photos:,} photos or half of them, the peers over {made.few}, all of their ways in the first round, the "
-        f"best way of the best {FINALISTS} in each; a rate is (N - 12) / (seconds of N - seconds of 12), of whole "
-        "processes. The last column is how many photos have the best class that Pillow and ONNX Runtime in fp32 "
+        f"{FINALISTS} fastest in each; of each peer the better way; a rate is (N - 12) / (seconds of N - "
+        "seconds of 12), of whole processes. The last column is how many photos "
+        "have the best class that Pillow and ONNX Runtime in fp32 "
         f"give them, of {made.few}.\n\n"
         f"{table([*header, 'same top-1'], rows)}\n\n" + "\n".join(notes) + "\n\nPeers, pinned: " + "; ".join(versions())
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alone import network_rate
-from material import TWELVE, Material, add_records, agreement, reference
+from material import TWELVE, Material, add_records, agreement, reference, subset
 from measuring import median, spread, table
-from rates import FINALISTS, Series, best_of_each, failures, ranked, times
+from rates import FINALISTS, Series, best_of_each, failures, finalists, times
 from ways import job, peer_ways
 
 
@@ -41,16 +41,16 @@ def measure(made: Material) -> str:
     ways, lacking = peer_ways(made.work / "resnet20.onnx", 32, made.peers)
     theirs = running = [Series(way) for way in ways]
     costs = {size: Costs() for size in sorted({made.records // 50, made.records // 5, made.records})}
+    for size in costs:
+        subset(made.work / "records", made.work / f"records-{size}", size)
     ours = Ours()
-    chosen: list[Series] = []
     for _ in range(made.rounds):
         _measure_ours(made, card, ours, costs)
         for series in running:
             series.measure(made, made.work / "twelve-records", made.work / "few-records", made.few_records)
             print(f"    {series.way.name}: {series.failed or f'{series.rates[-1]:.1f} images/s'}", flush=True)
-        chosen = chosen or best_of_each(theirs)
-        running = chosen[:FINALISTS]
-    return f"{_peer_table(made, ours, theirs, ranked(chosen), lacking)}\n\n{_cost_table(made, costs)}"
+        running = finalists(theirs)
+    return f"{_peer_table(made, ours, theirs, best_of_each(theirs), lacking)}\n\n{_cost_table(made, costs)}"
 
 
 def _measure_ours(made: Material, card: Path, ours: Ours, costs: dict[int, Costs]) -> None:
@@ -58,7 +58,7 @@ def _measure_ours(made: Material, card: Path, ours: Ours, costs: dict[int, Costs
     start = job("12", card).run(made.work / "twelve-records", made.out("twelve-records"))
     ours.starts.append(start.seconds)
     for size, found in costs.items():
-        whole = job(str(size), card, "--limit", str(size)).run(made.work / "records", made.out("records"))
+        whole = job(str(size), card).run(made.work / f"records-{size}", made.out("records"))
         found.wall_ms.append(1e3 * (whole.seconds - start.seconds) / (size - TWELVE))
         found.cpu_ms.append(1e3 * (whole.cpu_seconds - start.cpu_seconds) / (size - TWELVE))
         found.peaks_mb.append(whole.peak_mb)
@@ -82,9 +82,10 @@ def _peer_table(made: Material, ours: Ours, theirs: list[Series], chosen: list[S
     header = ["", "images/s after start-up", "times the best peer", "12 images, whole process, s", "same top-1"]
     return (
         f"{made.records:,} PNG of 32x32, ResNet-20 (41 million multiply-adds), fp32; the peers predict "
-        f"{made.few_records:,} of them, all of their ways in the first round, the best way of the best {FINALISTS} in "
-        f"each. The network alone: {spread(ours.networks, ',.0f')} images/s; infermill after start-up reaches "
-        f"**{spread(ours.shares, '.1%')}** of it, the whole process {spread(ours.whole_shares, '.1%')}.\n\n"
+        f"{made.few_records:,} of them, all of their ways in the first round, the {FINALISTS} fastest in each; "
+        f"of each peer the better way. The network alone: {spread(ours.networks, ',.0f')} images/s; infermill after "
+        f"start-up reaches **{spread(ours.shares, '.1%')}** of it, the whole process "
+        f"{spread(ours.whole_shares, '.1%')}.\n\n"
         f"{table(header, rows)}\n\n" + "\n".join(failures(theirs, lacking))
     )
 

@@ -12,8 +12,8 @@ from material import TWELVE, Material
 from measuring import ChildError, median
 from ways import Way
 
-FINALISTS = 2
-"So many peers are measured in every round; the others in the first."
+FINALISTS = 4
+"So many ways of the peers are measured in every round; the others in the first."
 
 
 @dataclass(slots=True)
@@ -57,8 +57,13 @@ class Series:
         self.rates.append((count - TWELVE) / between if between > 0 else count / whole.seconds)
 
 
+def finalists(measured: Sequence[Series]) -> list[Series]:
+    """The fastest ways, which are measured again."""
+    return ranked(measured)[:FINALISTS]
+
+
 def best_of_each(measured: Sequence[Series]) -> list[Series]:
-    """Of each peer the way with the best rate, the fastest peer first."""
+    """Of each peer the way with the best rate, the fastest peer first, those of one round last."""
     best: dict[str, Series] = {}
     for series in ranked(measured):
         best.setdefault(series.way.group, series)
@@ -66,8 +71,9 @@ def best_of_each(measured: Sequence[Series]) -> list[Series]:
 
 
 def ranked(measured: Sequence[Series]) -> list[Series]:
-    """Those that could be measured, the fastest first."""
-    return sorted((series for series in measured if not series.failed), key=lambda series: -median(series.rates))
+    """Those that could be measured: first those of all rounds, and of them the fastest."""
+    could = (series for series in measured if not series.failed)
+    return sorted(could, key=lambda series: (len(series.rates), median(series.rates)), reverse=True)
 
 
 def times(ours: Sequence[float], theirs: Sequence[float]) -> str:
