@@ -42,6 +42,16 @@ def network_rate(card: Path, seconds: float = NETWORK_SECONDS) -> float:
     return sum(counts) / (time.perf_counter() - started)
 
 
+def additive_limit(network: float, decode: float) -> float:
+    """Images per second where decoding on all cores and the network are all there is, and neither ever waits.
+
+    Args:
+        network: images per second of the network alone, on all cores.
+        decode: JPEG files that a core decodes per second.
+    """
+    return 1 / (1 / network + 1 / (usable_cores() * decode))
+
+
 def _in_threads(loop: Callable[[int], None], count: int) -> None:
     threads = [threading.Thread(target=loop, args=(number,)) for number in range(count)]
     for thread in threads:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import boto3
 
+from alone import additive_limit, decode_rate, network_rate
 from infermill.limits import usable_cores
 from material import Material
-from measuring import cpu_seconds, median, s3_server, spread, table
+from measuring import cpu_seconds, median, run_child, s3_server, spread, table
 from rates import Series, failures, times
 from ways import Way, checkpoint, job, mxnet_python, peer_ways
 
@@ -26,7 +27,7 @@ def measure(made: Material) -> str:
     """A table of rates, of those of local files on this machine's own engine."""
     card = made.work / "model-224.yaml"
     local = Series(job("local files", card))
-    lacking = {}
+    lacking, translation = {}, ""
     master = f"local[{usable_cores()}]"
     others = [
         Series(job("`--engine spark`", card, "--engine", "spark", "--master", master)),
@@ -37,6 +38,8 @@ def measure(made: Material) -> str:
     if python := mxnet_python():
         symbol = checkpoint(made.work / "resnet18.onnx", Path(python)).with_name("resnet18-symbol.json")
         others.append(Series(job("an MXNet checkpoint, translated", symbol, *FLAGS)))
+        seconds = [_translated_seconds(made, symbol) for _ in range(made.rounds)]
+        translation = f" The MXNet checkpoint is translated and loaded in {spread(seconds, '.1f')} s."
         mxnet = ("--runtime", "mxnet", "--runtime-python", python)
         others.append(Series(job("the same, `--runtime mxnet`", symbol, *FLAGS, *mxnet)))
     else:
@@ -49,14 +52,16 @@ def measure(made: Material) -> str:
         remote = Series(job("from an S3 server on the same cores", card, "--endpoint-url", url, **KEYS))
         for folder in ("twelve", "few"):
             _upload(url, made.work / folder)
-        shares = []
+        shares, limits = [], []
         for _ in range(made.rounds):
+            network = network_rate(card)
             local.measure(made, made.work / "twelve", made.work / "few", made.few)
-            for series in (*others, *theirs):
-                series.measure(made, made.work / "twelve", made.work / "few", made.few)
             before, started = cpu_seconds(server), time.perf_counter()
             remote.measure(made, "s3://twelve/", "s3://few/", made.few)
             shares.append((cpu_seconds(server) - before) / (time.perf_counter() - started) / usable_cores())
+            limits.append(additive_limit((network + network_rate(card)) / 2, decode_rate(made.work / "photos")))
+            for series in (*others, *theirs):
+                series.measure(made, made.work / "twelve", made.work / "few", made.few)
     rows = [
         [
             series.way.name,
@@ -70,9 +75,21 @@ def measure(made: Material) -> str:
     ]
     header = ["", "12 photos, whole process, s", "images/s after start-up", "of local files", "all, whole process, s"]
     return (
-        f"{made.few} photos of 500x375, ResNet-18, fp32. The S3 server takes {median(shares):.1%} of the CPU.\n\n"
+        f"{made.few} photos of 500x375, ResNet-18, fp32. The S3 server takes {median(shares):.1%} of the CPU. Of the "
+        f"additive limit, local files reach {median(_of(local.rates, limits)):.1%} after start-up, and those from S3 "
+        f"{median(_of(remote.rates, limits)):.1%}.{translation}\n\n"
         f"{table(header, rows)}\n\n" + "\n".join(failures([local, remote, *others, *theirs], lacking))
     )
+
+
+def _translated_seconds(made: Material, symbol: Path) -> float:
+    """Without a translation in the cache."""
+    program = str(Path(__file__).with_name("translated.py"))
+    return float(run_child(sys.executable, program, str(symbol), XDG_CACHE_HOME=str(made.out("no-cache"))).stdout)
+
+
+def _of(rates: list[float], limits: list[float]) -> list[float]:
+    return [rate / limit for rate, limit in zip(rates, limits, strict=True)]
 
 
 def _program(name: str, file: str, card: Path, *arguments: int) -> Way:

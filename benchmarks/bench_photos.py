@@ -7,8 +7,7 @@ not in the limit. Everything is measured in turn in each round, and ratios are t
 
 from dataclasses import dataclass, field
 
-from alone import decode_rate, network_rate
-from infermill.limits import usable_cores
+from alone import additive_limit, decode_rate, network_rate
 from material import Material, add_precisions, agreement, reference
 from measuring import median, spread, table
 from rates import FINALISTS, Series, best_of_each, failures, finalists, times
@@ -32,7 +31,6 @@ class Limits:
 def measure(made: Material) -> str:
     """Both tables, as Markdown."""
     add_precisions(made)
-    cores = usable_cores()
     decodes: list[float] = []
     limits = {precision: Limits() for precision in made.cards}
     ours = {
@@ -59,7 +57,7 @@ def measure(made: Material) -> str:
                     raise SystemExit(f"{series.way.name}: {series.failed}")
                 # Between two measurements of the network alone: the speed of a shared machine drifts.
                 found.networks.append(network_rate(card))
-                found.limits.append(1 / (2 / sum(found.networks[-2:]) + 1 / (cores * decodes[-1])))
+                found.limits.append(additive_limit(sum(found.networks[-2:]) / 2, decodes[-1]))
                 found.wholes[profile].append(count / series.wholes[-1] / found.limits[-1])
                 found.rates[profile].append(series.rates[-1] / found.limits[-1])
         other.measure(made, made.work / "twelve", made.work / "half", made.photos // 2)
