@@ -1,10 +1,11 @@
 """Networks with seeded random weights and MXNet's own answers. Runs in MXNet's own Python, as a script:
 
-    python tests/mxnet_zoo.py FOLDER NAME...
+    python tests/mxnet_zoo.py
 
-writes for each network `NAME-symbol.json` and `NAME-0000.params` as MXNet saves them, and `NAME.npz`: `data` (5
-inputs), `outputs0`, … for all of them at once, `single0`, … for the first one alone, and `names`, those of all tensors.
-A name is one of `mxnet_symbols`, or `gluon-` and one of Gluon's zoo; `operators` stands for all of `mxnet_operators`.
+reads lines of `["FOLDER", "NAME"]`, and answers each with a line when it has written the network: `NAME-symbol.json`
+and `NAME-0000.params` as MXNet saves them, and `NAME.npz`: `data` (5 inputs), `outputs0`, … for all of them at once,
+`single0`, … for the first one alone, and `names`, those of all tensors. A name is one of `mxnet_symbols`, or `gluon-`
+and one of Gluon's zoo; `operators` stands for all of `mxnet_operators`.
 """
 
 import ctypes
@@ -122,6 +123,8 @@ def networks(name: str) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2:]:
+    for line in sys.stdin:
+        folder, name = json.loads(line)
         for number, (case, symbol, shape) in enumerate(networks(name)):
-            write(Path(sys.argv[1]), case, symbol, shape, number)
+            write(Path(folder), case, symbol, shape, number)
+        print(name, flush=True)

@@ -137,7 +137,7 @@ def rows_of(out: str, options: Options) -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("role", "workers"), [("driver", 2), ("worker", 1), ("worker", 2)])
+@pytest.mark.parametrize(("role", "workers"), [("driver", 1), ("worker", 1), ("worker", 2)])
 def test_a_crash_at_any_step_on_a_file_system(folder: Path, engine: Engine, role: str, workers: int) -> None:
     options = Options(partition_objects=3)
     calm, steps = run_and_crash(folder, folder / "calm", role, 0, workers)

@@ -1,17 +1,18 @@
 """The translation of MXNet's graphs: the numbers and the names are those of MXNet 1.9.1 itself."""
 
+import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-import openvino as ov
 import pytest
 from numpy.typing import NDArray
 
@@ -20,6 +21,7 @@ from infermill.models.mxnet.operators import OPERATORS
 from infermill.models.mxnet.params import Params, read_params
 from infermill.models.mxnet.symbol import Node, Symbol, read_symbol
 from infermill.models.mxnet.translate import translate
+from infermill.runtimes.openvino import core
 
 # max |Δ| / max |MXNet's|, in fp32.
 TOLERANCE = 1e-4
@@ -42,22 +44,21 @@ WHOLE_ZOO = (
     *("gluon-vgg13_bn", "gluon-vgg19_bn", "gluon-mobilenet0.75", "gluon-mobilenetv2_0.25"),
 )
 Answers = dict[str, NDArray[Any]]
-Execute = Callable[[onnx.ModelProto, NDArray[Any]], list[NDArray[Any]]]
+Execute = Callable[[NDArray[Any]], list[NDArray[Any]]]
 
 
-def onnxruntime_answers(network: onnx.ModelProto, data: NDArray[Any]) -> list[NDArray[Any]]:
+def onnxruntime_of(network: onnx.ModelProto) -> Execute:
     session = ort.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
-    return list(session.run(None, {network.graph.input[0].name: data}))
+    return lambda data: list(session.run(None, {network.graph.input[0].name: data}))
 
 
-def openvino_answers(network: onnx.ModelProto, data: NDArray[Any]) -> list[NDArray[Any]]:
-    core = ov.Core()
-    model = core.read_model(network.SerializeToString(), b"")
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return list(compiled(data).values())
+def openvino_of(network: onnx.ModelProto) -> Execute:
+    model = core().read_model(network.SerializeToString(), b"")
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda data: list(compiled(data).values())
 
 
-RUNTIMES: dict[str, Execute] = {"onnxruntime": onnxruntime_answers, "openvino": openvino_answers}
+RUNTIMES: dict[str, Callable[[onnx.ModelProto], Execute]] = {"onnxruntime": onnxruntime_of, "openvino": openvino_of}
 
 
 @pytest.fixture
@@ -67,10 +68,32 @@ def folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def ask_mxnet(python: Path, folder: Path, name: str, **environment: str) -> list[str]:
-    """What `mxnet_zoo` has written: the names of the networks."""
-    subprocess.run([python, ZOO, folder, name], check=True, capture_output=True, env=os.environ | environment)
-    return sorted(file.stem for file in folder.glob("*.npz"))
+Ask = Callable[[Path, str], list[str]]
+
+
+@contextmanager
+def mxnet_asked(python: Path, **environment: str) -> Iterator[Ask]:
+    """MXNet in a process that stays, since importing it takes seconds: writes networks, and answers their names."""
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | environment
+    with subprocess.Popen(
+        [python, ZOO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        questions, answers = process.stdin, process.stdout
+        assert questions is not None and answers is not None
+
+        def ask(folder: Path, name: str) -> list[str]:
+            print(json.dumps([str(folder), name]), file=questions, flush=True)
+            assert answers.readline() == f"{name}\n", "see its standard error"
+            return sorted(file.stem for file in folder.glob("*.npz"))
+
+        yield ask
+        questions.close()
+
+
+@pytest.fixture(scope="module")
+def ask_mxnet(mxnet_python: Path) -> Iterator[Ask]:
+    with mxnet_asked(mxnet_python) as ask:
+        yield ask
 
 
 def translated(folder: Path, name: str) -> tuple[onnx.ModelProto, Symbol, Answers]:
@@ -87,9 +110,10 @@ def deviations(
     network: onnx.ModelProto, answers: Answers, distance: Callable[..., float]
 ) -> Iterator[tuple[str, float]]:
     """max |Δ| / max |MXNet's|, of both runtimes and both batches."""
-    for runtime, execute in RUNTIMES.items():
+    for runtime, load in RUNTIMES.items():
+        execute = load(network)
         for what, data in (("outputs", answers["data"]), ("single", answers["data"][:1])):
-            for index, output in enumerate(execute(network, data)):
+            for index, output in enumerate(execute(data)):
                 wanted = answers[f"{what}{index}"]
                 assert output.shape == wanted.shape, (network.graph.name, runtime, what)
                 yield f"{runtime} {what}{index}", distance(output, wanted) / max(float(np.abs(wanted).max()), 1e-30)
@@ -117,7 +141,9 @@ def test_every_way_to_use_an_operator_gives_what_mxnet_gives(mxnet_python: Path,
     wrong: dict[str, float] = {}
     used = set()
     # oneDNN, with which MXNet computes on a CPU, refuses some transposed convolutions; its own code does not.
-    for name in ask_mxnet(mxnet_python, folder, "operators", MXNET_MKLDNN_ENABLED="0"):
+    with mxnet_asked(mxnet_python, MXNET_MKLDNN_ENABLED="0") as ask:
+        names = ask(folder, "operators")
+    for name in names:
         network, symbol, answers = translated(folder, name)
         names_are_mxnets(network, symbol, answers)
         used |= {node.op for node in symbol.nodes}
@@ -133,10 +159,10 @@ def test_every_way_to_use_an_operator_gives_what_mxnet_gives(mxnet_python: Path,
 @pytest.mark.parametrize(
     "name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in (*HEAVY, *WHOLE_ZOO))]
 )
-def test_networks_give_what_mxnet_gives(name: str, mxnet_python: Path, folder: Path) -> None:
+def test_networks_give_what_mxnet_gives(name: str, ask_mxnet: Ask, folder: Path) -> None:
     if name in WHOLE_ZOO and not os.environ.get("INFERMILL_WHOLE_ZOO"):
         pytest.skip("the whole of Gluon's zoo is compared where INFERMILL_WHOLE_ZOO is set")
-    assert ask_mxnet(mxnet_python, folder, name) == [name]
+    assert ask_mxnet(folder, name) == [name]
     network, symbol, answers = translated(folder, name)
     names_are_mxnets(network, symbol, answers)
     assert answers["outputs0"].std(axis=0).max() > 1e-3 * np.abs(answers["outputs0"]).max()
@@ -144,8 +170,8 @@ def test_networks_give_what_mxnet_gives(name: str, mxnet_python: Path, folder: P
     assert max(found.values()) < TOLERANCE, found
 
 
-def test_ssd_gives_what_mxnet_gives(mxnet_python: Path, folder: Path) -> None:
-    (name,) = ask_mxnet(mxnet_python, folder, "ssd-vgg16")
+def test_ssd_gives_what_mxnet_gives(ask_mxnet: Ask, folder: Path) -> None:
+    (name,) = ask_mxnet(folder, "ssd-vgg16")
     network, symbol, answers = translated(folder, name)
     names_are_mxnets(network, symbol, answers)
     kept = answers["outputs0"][:, :, 0] >= 0
@@ -173,7 +199,7 @@ def parameters(**arrays: Any) -> Params:
 def answer(symbol: Symbol, data: NDArray[Any], params: Params | None = None) -> NDArray[Any]:
     network = translate(symbol, params or parameters(), data.shape[1:], "network")
     onnx.checker.check_model(network)
-    return onnxruntime_answers(network, data)[0]
+    return onnxruntime_of(network)(data)[0]
 
 
 def picture(*shape: int) -> NDArray[np.float32]:
@@ -236,8 +262,8 @@ def test_a_network_that_casts_to_float16_has_its_weights_in_float16() -> None:
     assert types["fullyconnected_weight/float16"] == onnx.TensorProto.FLOAT16
     full = answer(chain(*layers), picture(5, 4), halves)
     assert full.dtype == np.float32
-    for execute in RUNTIMES.values():
-        assert execute(network, picture(5, 4))[0] == pytest.approx(full, abs=0.02)
+    for load in RUNTIMES.values():
+        assert load(network)(picture(5, 4))[0] == pytest.approx(full, abs=0.02)
 
 
 def test_boxes_that_overlap_exactly_as_much_as_is_allowed_are_kept() -> None:
@@ -246,8 +272,8 @@ def test_boxes_that_overlap_exactly_as_much_as_is_allowed_are_kept() -> None:
     for threshold, kept in (("0.5", 4), ("0", 3), ("1", 4)):
         attrs = {"coord_start": "1", "score_index": "0", "overlap_thresh": threshold}
         network = translate(chain(("_contrib_box_nms", attrs, ())), parameters(), (4, 5), "network")
-        for execute in RUNTIMES.values():
-            assert (execute(network, boxes)[0][0, :, 0] > 0).sum() == kept
+        for load in RUNTIMES.values():
+            assert (load(network)(boxes)[0][0, :, 0] > 0).sum() == kept
 
 
 def test_boxes_of_class_minus_one_are_no_boxes() -> None:
@@ -278,7 +304,7 @@ def test_a_batch_that_was_reshaped_is_known_again() -> None:
     network = translate(chain(*reshapes[:2]), parameters(), (3, 2, 2), "network")
     assert network.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     joined = translate(chain(*reshapes), parameters(), (3, 2, 2), "network")
-    assert onnxruntime_answers(joined, picture(5, 3, 2, 2))[0].shape == (15, 2, 2)
+    assert onnxruntime_of(joined)(picture(5, 3, 2, 2))[0].shape == (15, 2, 2)
 
 
 def test_labels_and_spare_parameters_are_left_out() -> None:
