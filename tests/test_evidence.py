@@ -103,6 +103,18 @@ def test_a_classification_is_counted_as_defined(before: NDArray[np.float32], see
         assert found.accuracy == tuple(Proportion(count, len(labelled)) for count in right)
 
 
+def test_one_number_is_of_two_classes() -> None:
+    before = np.array([[0.9], [0.6], [0.2], [0.5], [0.4]], np.float32)
+    after = np.array([[0.8], [0.4], [0.1], [0.5], [np.nan]], np.float32)
+    found = differences("classification", (before,), (after,))
+    assert found.best.tolist() == [[1, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+    evidence = evidence_of(found, labels=[1, 1, 0, 1, 0])
+    assert (evidence.agreement, evidence.worst[:2]) == (0.6, (4, 1))
+    assert evidence.accuracy == (Proportion(4, 5), Proportion(2, 5))
+    (scores,) = answers(card_of(output={"activation": "sigmoid"}), (np.array([[-0.1], [0.1]], np.float32),))
+    assert differences("classification", (scores,), (scores[::-1],)).best.tolist() == [[0, 1], [1, 0]]
+
+
 # --- tasks without classes
 
 

@@ -197,6 +197,22 @@ def test_accuracy_by_a_file_of_labels(tmp_path: Path, model: Path, photos: Path)
         quantize(model, photos, tmp_path / "x.yaml", QUIET, truth=str(photos / "bad.png"))
 
 
+def test_one_number_has_two_classes(tmp_path: Path, photos: Path) -> None:
+    tiny_classifier(tmp_path / "cat.onnx", classes=1)
+    output = {"activation": "sigmoid"}
+    card = write_card(tmp_path / "cat.yaml", files={"onnx": "cat.onnx"}, labels=["cat"], output=output)
+    keys = [f"{number}.png" for number in range(COUNT)]
+    scores = [one.top[0].score for one in load_model(card, QUIET)([photos / key for key in keys]) if one.top]
+    names = ["cat" if score > 0.5 else "not cat" for score in scores]
+    assert len(set(names)) == 2
+    pq.write_table(pa.table({"key": keys, "label": names}), tmp_path / "truth.parquet")
+    found = quantize(card, photos, tmp_path / "int8.yaml", QUIET, truth=str(tmp_path / "truth.parquet"))
+    assert found.evidence.accuracy is not None
+    assert [one.share for one in found.evidence.accuracy] == [1.0, found.evidence.agreement]
+    assert found.evidence.accuracy[0].of == found.evidence.objects
+    assert {one.fp32 for one in found.worst} | {one.int8 for one in found.worst} <= {"cat", "not cat"}
+
+
 def test_accuracy_by_the_labels_of_shards(tmp_path: Path, model: Path) -> None:
     write_records(tmp_path / "p.rec", [packed(png(seed), [float(seed % 10)], seed) for seed in range(90)])
     found = quantize(model, tmp_path / "p.rec", tmp_path / "int8.yaml", QUIET)

@@ -156,13 +156,13 @@ def compare(
             tallies.add(batch, predictors[0](batch), predictors[1](batch))
     if tallies.worst is None:
         raise SourceError(f"no object of {source} can be decoded", "infermill plan says why")
-    outputs = tallies.outputs()
+    evidence = evidence_of(joined(tallies.differences))
+    outputs = tallies.outputs(evidence)
     layer = None
     if not is_lower(*precisions) and any(output.relative > tolerance for output in outputs):
         del predictors  # memory for those that are loaded next
         loads = (lambda probe: _load(probe, options)), (lambda probe: _load(probe, other))
         layer = first_difference(model, loads, tallies.worst, tolerance)
-    evidence = evidence_of(joined(tallies.differences))
     return Comparison(
         options.runtime, against, *precisions, tallies.inputs, inputs.skipped, tolerance, outputs, layer, evidence
     )
@@ -186,13 +186,11 @@ class _Tallies:
     """What is known of each output, and the input whose answers are farthest apart."""
 
     def __init__(self, model: Model, names: tuple[str, ...]) -> None:
-        self._is_classification = model.card.task == "classification"
         # Boxes come in no order that two answers would share.
         is_detection = model.card.task == "detection"
         self._card = replace(model.card, task="raw") if is_detection else model.card
         self.differences: list[Differences] = []
         self._deviations = dict.fromkeys(names, Deviation(0.0, 0.0))
-        self._same = dict.fromkeys(names, 0)
         self._farthest = -1.0
         self.inputs = 0
         self.worst: Batch | None = None
@@ -210,23 +208,12 @@ class _Tallies:
                 self._deviations[name] = Deviation(
                     max(apart.absolute, before.absolute), max(apart.largest, before.largest)
                 )
-            if self._is_classification:
-                self._same[name] += int((_best(one) == _best(other)).sum())
 
-    def outputs(self) -> tuple[OutputDifference, ...]:
+    def outputs(self, evidence: Evidence) -> tuple[OutputDifference, ...]:
+        top1 = evidence.agreement if evidence.measure == "top-1" else None
         return tuple(
-            OutputDifference(
-                name,
-                apart.absolute,
-                apart.relative,
-                self._same[name] / self.inputs if self._is_classification else None,
-            )
-            for name, apart in self._deviations.items()
+            OutputDifference(name, apart.absolute, apart.relative, top1) for name, apart in self._deviations.items()
         )
-
-
-def _best(scores: NDArray[np.generic]) -> NDArray[np.intp]:
-    return np.asarray(scores.reshape(len(scores), -1).argmax(axis=1))
 
 
 class _Inputs:

@@ -23,6 +23,8 @@ Measure = Literal["top-1", "cosine", "relative error"]
 MEASURES: dict[Task, Measure] = {"classification": "top-1", "embedding": "cosine", "raw": "relative error"}
 NO_LABEL = -1
 WORST = 10
+THRESHOLD = 0.5
+"Of a network that gives one number: with more than this, an input is of its class."
 # The 0.975 quantile of the normal distribution.
 _Z = 1.959963984540054
 
@@ -71,7 +73,8 @@ class Differences:
     `delta` [N] float64 is, of a classification, the largest difference of a class's score (|Δp|); of an embedding
     1 - cosine similarity; of raw outputs the largest difference as a part of the largest value of that output, and of
     outputs without fractions the part of their numbers that differ; at most 1. It is NaN where only the other form
-    answers NaN or infinity. `best` [N, 2] int64 has both best classes, and is [N, 0] for other tasks.
+    answers NaN or infinity. `best` [N, 2] int64 has both best classes, and is [N, 0] for other tasks; of a network
+    with one score, the class is 1 where that is over 0.5, and else 0.
     """
 
     task: Task
@@ -161,13 +164,30 @@ def differences(task: Task, before: Arrays, after: Arrays, first: int = 0) -> Di
     is_number = _finite(after)
     best = np.zeros((len(rows), 0), np.int64)
     if task == "classification":
-        # Of equal scores the lower index is the better one, here as in a job.
-        best = np.stack([_rows(array[0]).argmax(axis=1) for array in (before, after)], axis=1).astype(np.int64)
+        best = np.stack([_best(_rows(array[0])) for array in (before, after)], axis=1)
     delta = np.full(len(rows), np.nan)
     if is_number.any():
         pairs = [(_rows(one)[is_number], _rows(two)[is_number]) for one, two in zip(before, after, strict=True)]
         delta[is_number] = np.max([_delta(task, *pair) for pair in pairs], axis=0)
     return Differences(task, rows + first, delta, best)
+
+
+def _best(scores: NDArray[Any]) -> NDArray[np.int64]:
+    """The best class of each row; of one number, 1 where it is over the threshold, and else 0."""
+    if scores.shape[1] == 1:
+        return np.asarray(scores[:, 0] > THRESHOLD, np.int64)
+    # Of equal scores the lower index is the better one, here as in a job.
+    return np.asarray(scores.argmax(axis=1), np.int64)
+
+
+def class_names(labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The names of the best classes: where a network gives one number, and has one label, those of 0 and of 1.
+
+    Example:
+        >>> class_names(("cat",))
+        ('not cat', 'cat')
+    """
+    return (f"not {labels[0]}", labels[0]) if labels is not None and len(labels) == 1 else labels
 
 
 def _rows(array: NDArray[Any]) -> NDArray[Any]:

@@ -27,6 +27,7 @@ from infermill.evidence import (
     Evidence,
     answers,
     check_measurable,
+    class_names,
     differences,
     evidence_of,
     joined,
@@ -175,9 +176,10 @@ def quantize(
             other = trial.load(choice.kept)
             content = trial.path.read_bytes()
             found, seen = _measure(opened, predictor, other, inputs.take(inputs.held_out))
-    evidence = evidence_of(found, [_class_of(known.get(ref.key, ref.label), opened.labels) for ref in seen])
+    names = class_names(opened.labels)
+    evidence = evidence_of(found, [_class_of(known.get(ref.key, ref.label), names) for ref in seen])
     result = Quantization(
-        None, None, evidence, _worst(found, evidence, seen, opened.labels), len(inputs.calibrate), len(rows),
+        None, None, evidence, _worst(found, evidence, seen, names), len(inputs.calibrate), len(rows),
         inputs.skipped, choice.kept, len(quantized.nodes), quantized.int8_share(choice.kept), choice.tries,
         options.runtime, str(source), opened.digest, min_agreement,
     )  # fmt: skip
