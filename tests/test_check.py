@@ -35,6 +35,7 @@ from tests.networks import (
     tiny_quantised,
     tiny_raw,
     tiny_tabular,
+    tiny_unanswered,
 )
 
 COMMAND = [str(Path(sys.executable).with_name("infermill")), "check"]
@@ -119,6 +120,19 @@ def test_a_source_is_sampled_and_what_cannot_be_decoded_is_counted(tmp_path: Pat
         check(path, "onnxruntime", photos / "bad.png", QUIET)
     with pytest.raises(SourceError, match="does not exist"):
         check(path, "onnxruntime", photos / "nowhere", QUIET)
+
+
+def test_inputs_that_fp32_does_not_answer_say_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="onnxruntime in fp32 answers none of 64 inputs with numbers"):
+        check(tiny_unanswered(tmp_path / "log.onnx"), "onnxruntime", options=QUIET)
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for number, picture in enumerate(pictures(4)):
+        Image.fromarray(picture * np.uint8(number > 0)).save(dark / f"{number}.png")
+    path = tiny_classifier(tmp_path / "tiny.onnx", nan_on_black=True)
+    found = check(path, "onnxruntime", dark, QUIET)
+    assert (found.inputs, found.evidence.objects, found.agrees) == (4, 3, True)
+    assert "4 inputs, 1 not answered with numbers by onnxruntime" in comparison_text(found)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

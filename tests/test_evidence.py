@@ -172,6 +172,12 @@ def test_what_fp32_cannot_answer_is_left_out() -> None:
     assert evidence_of(found).objects == 2
 
 
+def test_where_fp32_answers_nothing_nothing_agrees() -> None:
+    before = np.full((3, 3), np.nan, np.float32)
+    evidence = evidence_of(differences("classification", (before,), (before,)))
+    assert (evidence.objects, evidence.agreement, evidence.interval) == (0, 0.0, (0.0, 1.0))
+
+
 def test_nothing_but_nan_has_no_agreement() -> None:
     before = np.eye(2, dtype=np.float32)
     evidence = evidence_of(differences("embedding", (before,), (np.full_like(before, np.nan),)))

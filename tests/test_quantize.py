@@ -24,7 +24,16 @@ from infermill.report import quantization_text
 from infermill.rows import read
 from infermill.types import CardOptions, Options, StoreOptions
 from tests.checkpoints import write_checkpoint
-from tests.networks import Network, pictures, tiny_classifier, tiny_detector, tiny_embedding, tiny_raw, tiny_tabular
+from tests.networks import (
+    Network,
+    pictures,
+    tiny_classifier,
+    tiny_detector,
+    tiny_embedding,
+    tiny_raw,
+    tiny_tabular,
+    tiny_unanswered,
+)
 from tests.shards import packed, png, write_records
 
 COMMAND = [str(Path(sys.executable).with_name("infermill")), "quantize"]
@@ -303,6 +312,23 @@ def test_a_model_in_a_lower_precision_is_not_what_int8_is_compared_with(
 ) -> None:
     with pytest.raises(UsageError, match="int8 is compared with fp32"):
         quantize(model, photos, tmp_path / "int8.yaml", QUIET, CardOptions(precision="bf16"))
+
+
+def test_what_fp32_does_not_answer_is_no_evidence(tmp_path: Path, photos: Path) -> None:
+    card = write_card(tmp_path / "model.yaml", files={"onnx": "log.onnx"}, output={})
+    tiny_unanswered(tmp_path / "log.onnx")
+    with pytest.raises(SourceError, match="has 0 objects to measure with that fp32 answers with numbers") as told:
+        quantize(card, photos, tmp_path / "int8.yaml", QUIET)
+    assert "infermill plan" in told.value.hint
+    tiny_classifier(tmp_path / "log.onnx", nan_on_black=True)
+    folder = tmp_path / "dark"
+    folder.mkdir()
+    for number, picture in enumerate(pictures(COUNT)):
+        Image.fromarray(picture * np.uint8(number % 12 > 0)).save(folder / f"{number}.png")
+    found = quantize(card, folder, tmp_path / "int8.yaml", QUIET)
+    assert found.unanswered > 0
+    assert found.evidence.objects + found.unanswered + found.selected + found.calibrated == COUNT
+    assert f"{found.unanswered} not answered with numbers by fp32" in quantization_text(found)
 
 
 def test_too_few_objects(tmp_path: Path, model: Path, photos: Path) -> None:

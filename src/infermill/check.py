@@ -117,7 +117,8 @@ def check(
 
     Raises:
         UsageError: both runtimes are the same, and the precision as well; or it is not there.
-        ModelError, SourceError, StoreError: as `run`.
+        SourceError: as `run`; or no input can be decoded, or `against` answers none with numbers.
+        ModelError, StoreError: as `run`.
 
     Example:
         >>> check("resnet-18-symbol.json", "mxnet", "photos/").agrees  # doctest: +SKIP
@@ -157,6 +158,11 @@ def compare(
     if tallies.worst is None:
         raise SourceError(f"no object of {source} can be decoded", "infermill plan says why")
     evidence = evidence_of(joined(tallies.differences))
+    if not evidence.objects:
+        raise SourceError(
+            f"{against} in fp32 answers none of {tallies.inputs} inputs with numbers: there is nothing to compare",
+            "check the network, and give a SOURCE with objects that it was made for",
+        )
     outputs = tallies.outputs(evidence)
     layer = None
     if not is_lower(*precisions) and any(output.relative > tolerance for output in outputs):

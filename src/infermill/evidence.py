@@ -43,8 +43,8 @@ class Proportion:
 
     @property
     def share(self) -> float:
-        """The part of 1; that of no objects is 1."""
-        return self.count / self.of if self.of else 1.0
+        """The part of 1; that of no objects is 0."""
+        return self.count / self.of if self.of else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -91,7 +91,7 @@ class Differences:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a network in less precision is worth beside fp32, measured on `objects` inputs.
+    """What a network in less precision is worth beside fp32, measured on the `objects` that fp32 answers with numbers.
 
     `agreement` is the part of objects with the same best class (`measure` is `top-1`), with its 95 % `interval`; of an
     embedding the mean cosine similarity, and of raw outputs 1 less the mean relative error, without an interval.

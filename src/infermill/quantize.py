@@ -58,6 +58,7 @@ TARGET = 0.99
 FEWEST_HELD_OUT = 50
 PROBE_ROWS = 16
 _AT_ONCE = 64
+_ANSWERED = "objects to measure with that fp32 answers with numbers"
 CARD_SUFFIXES = (".yaml", ".yml")
 
 
@@ -86,6 +87,8 @@ class Quantization:
     "Objects by which the nodes in float were chosen."
     skipped: int
     "Objects of the sample that cannot be fetched or decoded."
+    unanswered: int
+    "Objects held out that fp32 answers with NaN or infinity: they are not compared."
     kept_in_float: tuple[str, ...]
     nodes: int
     "How many could have been kept in float."
@@ -145,7 +148,7 @@ def quantize(
     Raises:
         UsageError: a number or a path cannot be right, or a file is there already.
         ModelError: the network cannot be quantized, or answers of its task cannot be compared.
-        SourceError: fewer than 50 objects are left to measure.
+        SourceError: fewer than 50 objects are left to measure, or fp32 answers fewer with numbers.
         StoreError: as `run`.
 
     Example:
@@ -172,16 +175,18 @@ def quantize(
         with tempfile.TemporaryDirectory(prefix="infermill-") as folder:
             trial = _Trial(opened, quantized, Path(folder, "int8.onnx"), options)
             rows = [row for _, row in inputs.take(inputs.select)]
-            choice = _choose(trial, predictor, rows, min_agreement or TARGET)
+            choice = _choose(trial, predictor, inputs, rows, min_agreement or TARGET)
             other = trial.load(choice.kept)
             content = trial.path.read_bytes()
             found, seen = _measure(opened, predictor, other, inputs.take(inputs.held_out))
     names = class_names(opened.labels)
     evidence = evidence_of(found, [_class_of(known.get(ref.key, ref.label), names) for ref in seen])
+    if evidence.objects < FEWEST_HELD_OUT:
+        raise inputs.too_few(evidence.objects, _ANSWERED)
     result = Quantization(
-        None, None, evidence, _worst(found, evidence, seen, names), len(inputs.calibrate), len(rows),
-        inputs.skipped, choice.kept, len(quantized.nodes), quantized.int8_share(choice.kept), choice.tries,
-        options.runtime, str(source), opened.digest, min_agreement,
+        None, None, evidence, _worst(found, evidence, seen, names), len(inputs.calibrate), len(rows), inputs.skipped,
+        len(seen) - evidence.objects, choice.kept, len(quantized.nodes), quantized.int8_share(choice.kept),
+        choice.tries, options.runtime, str(source), opened.digest, min_agreement,
     )  # fmt: skip
     if not result.passed:
         return result
@@ -270,11 +275,11 @@ class _Inputs:
         if taken < (FEWEST_HELD_OUT if refs is self.held_out else 1):
             raise self.too_few(taken)
 
-    def too_few(self, count: int) -> SourceError:
+    def too_few(self, count: int, what: str = "objects to measure with") -> SourceError:
         return SourceError(
-            f"{self._source} has {count} objects to measure with, and it takes {FEWEST_HELD_OUT}",
+            f"{self._source} has {count} {what}, and it takes {FEWEST_HELD_OUT}",
             f"give {FEWEST_HELD_OUT * 8 // 5} objects or more: an eighth is to calibrate, and a quarter to choose "
-            "what stays in float; infermill plan says what cannot be decoded",
+            "what stays in float; infermill plan says what cannot be decoded or predicted",
         )
 
 
@@ -300,7 +305,7 @@ class _Trial:
         return _load(self.model, self._options)
 
 
-def _choose(trial: _Trial, predictor: Predictor, rows: list[Row], target: float) -> Choice:
+def _choose(trial: _Trial, predictor: Predictor, inputs: _Inputs, rows: list[Row], target: float) -> Choice:
     """Which nodes to keep in float, by what the rows of the selection show."""
     card = trial.model.card
     expected = [answers(card, predictor(batch)) for batch in _batches(rows, predictor.batch_size)]
@@ -311,7 +316,10 @@ def _choose(trial: _Trial, predictor: Predictor, rows: list[Row], target: float)
         if few:
             batches = batches[: max(PROBE_ROWS // predictor.batch_size, 1)]
         pairs = zip(expected, batches, strict=False)
-        return evidence_of(joined([differences(card.task, one, answers(card, other(batch))) for one, batch in pairs]))
+        found = joined([differences(card.task, one, answers(card, other(batch))) for one, batch in pairs])
+        if not few and not len(found.index):
+            raise inputs.too_few(0, _ANSWERED)
+        return evidence_of(found)
 
     return choose_nodes(trial.nodes, measure, trial.int8_share, target)
 

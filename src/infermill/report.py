@@ -204,6 +204,9 @@ def comparison_text(comparison: "Comparison") -> str:
             (comparison.against, comparison.against_precision),
         )
     )
+    unanswered = comparison.inputs - comparison.evidence.objects
+    if unanswered:
+        skipped += f", {unanswered:,} not answered with numbers by {expected}"
     what = f"{found} against {expected}: {comparison.inputs:,} inputs{skipped}"
     verdict = _agreement(comparison) if comparison.is_lower else _difference(comparison)
     return _rendered([Text(what), "", table, "", *verdict])
@@ -253,6 +256,8 @@ def quantization_text(found: "Quantization") -> str:
     for name, value in lines:
         table.add_row(name, Text(value))
     skipped = f", {found.skipped:,} cannot be decoded" if found.skipped else ""
+    if found.unanswered:
+        skipped += f", {found.unanswered:,} not answered with numbers by fp32"
     what_for = f"calibrated with {found.calibrated:,}, chosen with {found.selected:,}{skipped}"
     head = f"int8 against fp32 on {found.runtime}: {evidence.objects:,} objects ({what_for})"
     shown: list[RenderableType] = [Text(head), "", table, ""]
