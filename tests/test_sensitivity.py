@@ -15,6 +15,8 @@ class Network:
     """Nodes with the harm of each, which adds up; all cost the same."""
 
     harms: list[float]
+    breaking: str = ""
+    "The node whose quantization makes half of the answers NaN."
     large: list[Nodes] = field(default_factory=list)
     small: int = 0
 
@@ -28,8 +30,9 @@ class Network:
             self.small += 1
         else:
             self.large.append(kept)
-        agreement = max(1.0 - harm, 0.0)
-        return Evidence("cosine", 100, agreement, None, harm, harm, 0, None, ())
+        nonfinite = 50 if self.breaking and self.breaking not in kept else 0
+        agreement = max(1.0 - harm, 0.0) * (1 - nonfinite / 100)
+        return Evidence("cosine", 100, agreement, None, harm, harm, nonfinite, None, ())
 
     def share(self, kept: Nodes) -> float:
         return 1 - len(kept) / len(self.harms)
@@ -47,6 +50,12 @@ def test_the_node_that_harms_is_kept() -> None:
     found = choose_nodes(network.nodes, network.measure, network.share, 0.99)
     assert found.kept == ("node5",)
     assert found.reached == pytest.approx(0.991)
+
+
+def test_the_node_that_makes_numbers_none_is_the_worst() -> None:
+    network = Network([0.001] * 4 + [0.0] + [0.001] * 5, breaking="node4")
+    found = choose_nodes(network.nodes, network.measure, network.share, 0.99)
+    assert found.kept == ("node4",)
 
 
 @given(st.lists(st.floats(0, 0.02), min_size=2, max_size=30), st.floats(0.8, 1.0))

@@ -48,9 +48,9 @@ def choose_nodes(nodes: Nodes, measure: Measure, int8_share: Share, target: floa
     if tried[0] >= target or len(nodes) < 2:
         return Choice((), tried[0], 1)
     groups = _groups(nodes)
-    harm = [measure(tuple(name for name in nodes if name not in group), True).mean_delta for group in groups]
+    harm = [_harm(measure(tuple(name for name in nodes if name not in group), True)) for group in groups]
     worst: list[Nodes] = []
-    for at in sorted(range(len(groups)), key=lambda at: -harm[at]):
+    for at in sorted(range(len(groups)), key=lambda at: harm[at], reverse=True):
         if int8_share(tuple(chain(*worst, groups[at]))) >= LEAST_INT8:
             worst.append(groups[at])
 
@@ -72,6 +72,11 @@ def choose_nodes(nodes: Nodes, measure: Measure, int8_share: Share, target: floa
         middle = (low + count) // 2
         low, count = (low, middle) if reaches(middle) else (middle, count)
     return Choice(kept(count), tried[count], len(groups) + len(tried))
+
+
+def _harm(evidence: Evidence) -> tuple[int, float]:
+    """What sorts groups: a number that is none any more has no delta, and is worse than any."""
+    return evidence.nonfinite, evidence.mean_delta
 
 
 def _groups(nodes: Sequence[str]) -> list[Nodes]:
