@@ -141,8 +141,8 @@ def quantize(
         options: as `run`; evidence is measured in `options.runtime`.
         card_options: as `run`.
         objects: of the sample.
-        min_agreement: where it agrees less, nothing is written. Without it, nodes are kept in float until 0.99 is
-            met, or half of the multiplications are in float.
+        min_agreement: where it agrees less, nothing is written. Nodes are kept in float until the
+            selection agrees so much, and a little more, or half of the multiplications are in float; without it 0.99.
         truth: a Parquet file with the columns `key` and `label`; the labels of shards count where it is not given.
 
     Raises:
