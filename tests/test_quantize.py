@@ -202,6 +202,10 @@ def test_accuracy_by_a_file_of_labels(tmp_path: Path, model: Path, photos: Path)
     assert card.evidence is not None and card.evidence.accuracy is not None
     assert (card.evidence.accuracy.this, card.evidence.accuracy.objects) == (after.share, before.of)
     assert "accuracy in int8" in quantization_text(found)
+    assert f"of {found.evidence.objects} with a label" in quantization_text(found)
+    pq.write_table(pa.table({"key": keys, "label": ["horse"] * COUNT}), tmp_path / "truth.parquet")
+    with pytest.raises(SourceError, match="labels that are no class of the model, as 'horse'"):
+        quantize(model, photos, tmp_path / "x.yaml", QUIET, truth=str(tmp_path / "truth.parquet"))
     with pytest.raises(SourceError, match="no labels that can be read"):
         quantize(model, photos, tmp_path / "x.yaml", QUIET, truth=str(photos / "bad.png"))
 

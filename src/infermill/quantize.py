@@ -6,7 +6,7 @@ source ─► a sample, in three parts ─┬► calibrate: the ranges of values
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infermill.check import Row, decoded
@@ -44,13 +42,12 @@ from infermill.models.opening import open_card, open_model
 from infermill.models.quantization import Quantized, check_quantizable, quantize_network
 from infermill.plan import cut
 from infermill.predictions import rows_for
-from infermill.reader import open_reader
 from infermill.runtimes import Predictor
 from infermill.sensitivity import Choice, choose_nodes
 from infermill.sources import list_source, rereadable
 from infermill.stages import Stages
-from infermill.stores import STORE_ERRORS, explain, locate, open_store
-from infermill.types import CardOptions, Label, ObjectRef, Options
+from infermill.truth import read_truth, right_classes
+from infermill.types import CardOptions, ObjectRef, Options
 from infermill.worker import load_predictor, network_of, stages_of
 
 OBJECTS = 800
@@ -143,12 +140,14 @@ def quantize(
         objects: of the sample.
         min_agreement: where it agrees less, nothing is written. Nodes are kept in float until the
             selection agrees so much, and a little more, or half of the multiplications are in float; without it 0.99.
-        truth: a Parquet file with the columns `key` and `label`; the labels of shards count where it is not given.
+        truth: a Parquet file with the columns `key` and `label`, for a classification; the labels of shards count
+            where it is not given.
 
     Raises:
-        UsageError: a number or a path cannot be right, or a file is there already.
+        UsageError: a number or a path cannot be right, a file is there already, or `truth` is given for another task.
         ModelError: the network cannot be quantized, or answers of its task cannot be compared.
-        SourceError: fewer than 50 objects are left to measure, or fp32 answers fewer with numbers.
+        SourceError: fewer than 50 objects are left to measure, or fp32 answers fewer with numbers; or `truth` has a
+            class of none of them.
         StoreError: as `run`.
 
     Example:
@@ -167,10 +166,12 @@ def quantize(
             f"int8 is compared with fp32, and this model is to be computed in {opened.card.precision}", hint
         )
     tell_assumptions(opened)
-    known = {} if truth is None else _truth(truth, options)
+    known = None if truth is None else read_truth(truth, opened.card, options)
+    names = class_names(opened.labels)
     predictor = _load(opened, options)
     with rereadable(str(source)) as listed:
         inputs = _Inputs(listed, str(source), opened, predictor, options, objects)
+        classes = right_classes(inputs.held_out, names, known)
         quantized = quantize_network(opened, [row for _, row in inputs.take(inputs.calibrate)])
         with tempfile.TemporaryDirectory(prefix="infermill-") as folder:
             trial = _Trial(opened, quantized, Path(folder, "int8.onnx"), options)
@@ -179,8 +180,7 @@ def quantize(
             other = trial.load(choice.kept)
             content = trial.path.read_bytes()
             found, seen = _measure(opened, predictor, other, inputs.take(inputs.held_out))
-    names = class_names(opened.labels)
-    evidence = evidence_of(found, [_class_of(known.get(ref.key, ref.label), names) for ref in seen])
+    evidence = evidence_of(found, [classes.get(ref.key, NO_LABEL) for ref in seen])
     if evidence.objects < FEWEST_HELD_OUT:
         raise inputs.too_few(evidence.objects, _ANSWERED)
     result = Quantization(
@@ -340,31 +340,6 @@ def _measure(
         parts.append(differences(model.card.task, before, after, len(seen)))
         seen += [ref for ref, _ in some]
     return joined(parts), seen
-
-
-def _truth(where: str, options: Options) -> Mapping[str, Label]:
-    """The labels of a Parquet file, by key."""
-    place = locate(where)
-    try:
-        with open_reader(place, open_store(place, options), options) as reader:
-            table = pq.read_table(reader, columns=["key", "label"])
-    except pa.ArrowException as error:
-        hint = "write a Parquet file with the columns key and label, as `infermill datasets` does"
-        raise SourceError(f"{where} has no labels that can be read: {error}", hint) from None
-    except STORE_ERRORS as error:
-        raise explain(error, place.uri) from None
-    return dict(zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True))
-
-
-def _class_of(label: Label, names: tuple[str, ...] | None) -> int:
-    """The class that a label means: by its number, or by its name in the model's labels; -1 where there is none."""
-    if isinstance(label, list):  # RecordIO has numbers with fractions, and may have several
-        label = int(label[0]) if len(label) == 1 and label[0].is_integer() else None
-    if isinstance(label, str):
-        if names is not None and label in names:
-            return names.index(label)
-        label = int(label) if label.isdecimal() else None
-    return NO_LABEL if label is None or label < 0 else int(label)
 
 
 def _worst(

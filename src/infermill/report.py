@@ -250,7 +250,7 @@ def quantization_text(found: "Quantization") -> str:
     lines = _evidence(evidence)
     if evidence.accuracy is not None:
         for name, one in zip(("fp32", "int8"), evidence.accuracy, strict=True):
-            lines.append((f"accuracy in {name}", f"{one.share:.2%}{_between(one.interval)} of {one.of:,}"))
+            lines.append((f"accuracy in {name}", f"{one.share:.2%}{_between(one.interval)} of {one.of:,} with a label"))
     share = "" if found.int8_share is None else f", {found.int8_share:.0%} of multiplications in int8"
     lines.append(("kept in float", f"{len(found.kept_in_float)} of {found.nodes} nodes{share}"))
     for name, value in lines:
