@@ -6,7 +6,7 @@ Pure functions over arrays, so that a batch at a time is enough:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -112,12 +112,12 @@ class Evidence:
     "Rows of the inputs, worst first: NaN, then another best class, then the largest delta."
 
     def as_json(self) -> dict[str, Any]:
-        """The evidence as plain JSON types."""
-        data = asdict(self)
+        """The evidence as plain JSON types, less the worst rows, which mean nothing without the inputs' keys."""
+        data = {name: value for name, value in asdict(self).items() if name != "worst"}
         if self.accuracy is not None:
             shares = [{**asdict(one), "share": one.share, "interval": list(one.interval)} for one in self.accuracy]
             data["accuracy"] = dict(zip(("fp32", "this"), shares, strict=True))
-        return data | {"interval": None if self.interval is None else list(self.interval), "worst": list(self.worst)}
+        return data | {"interval": None if self.interval is None else list(self.interval)}
 
 
 def check_measurable(card: ModelCard) -> None:
@@ -262,6 +262,24 @@ def evidence_of(found: Differences, labels: Sequence[int] | None = None, worst: 
         accuracy=_accuracy(found, np.asarray(labels, np.int64)) if is_classification and labels is not None else None,
         worst=tuple(found.index[order[:worst]].tolist()),
     )
+
+
+def worst_of(
+    found: Differences, evidence: Evidence, names: tuple[str, ...] | None
+) -> Iterator[tuple[int, str | None, str | None, float | None]]:
+    """The worst inputs: the row, the best class in fp32 and in less, by its name where there is one, and the delta,
+    which is None where it is NaN. Other tasks have no classes.
+
+    Example:
+        >>> found = differences("classification", (np.array([[0.1, 0.9]]),), (np.array([[0.6, 0.4]]),))
+        >>> list(worst_of(found, evidence_of(found), ("cat", "dog")))
+        [(0, 'dog', 'cat', 0.5)]
+    """
+    places = {row: place for place, row in enumerate(found.index.tolist())}
+    for row in evidence.worst:
+        delta, best = float(found.delta[places[row]]), found.best[places[row]].tolist()
+        before, after = [str(one) if names is None else names[one] for one in best] or (None, None)
+        yield row, before, after, None if math.isnan(delta) else delta
 
 
 def _accuracy(found: Differences, labels: NDArray[np.int64]) -> tuple[Proportion, Proportion] | None:

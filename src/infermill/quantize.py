@@ -29,6 +29,7 @@ from infermill.evidence import (
     differences,
     evidence_of,
     joined,
+    worst_of,
 )
 from infermill.job import empty_source, tell_assumptions
 from infermill.jobspec import check_options, suffixes_of
@@ -107,9 +108,8 @@ class Quantization:
         """The result as plain JSON types."""
         paths = {name: None if path is None else str(path) for name, path in self._paths()}
         worst = [asdict(one) for one in self.worst]
-        evidence = {name: value for name, value in self.evidence.as_json().items() if name != "worst"}
         data = {name: getattr(self, name) for name in self.__slots__ if name not in ("card", "network", "worst")}
-        return {"passed": self.passed, **paths, **data, "evidence": evidence, "worst": worst} | {
+        return {"passed": self.passed, **paths, **data, "evidence": self.evidence.as_json(), "worst": worst} | {
             "kept_in_float": list(self.kept_in_float)
         }
 
@@ -183,8 +183,12 @@ def quantize(
     evidence = evidence_of(found, [classes.get(ref.key, NO_LABEL) for ref in seen])
     if evidence.objects < FEWEST_HELD_OUT:
         raise inputs.too_few(evidence.objects, _ANSWERED)
+    worst = tuple(
+        WorstObject(seen[row].key, before, after, delta)
+        for row, before, after, delta in worst_of(found, evidence, names)
+    )
     result = Quantization(
-        None, None, evidence, _worst(found, evidence, seen, names), len(inputs.calibrate), len(rows), inputs.skipped,
+        None, None, evidence, worst, len(inputs.calibrate), len(rows), inputs.skipped,
         len(seen) - evidence.objects, choice.kept, len(quantized.nodes), quantized.int8_share(choice.kept),
         choice.tries, options.runtime, str(source), opened.digest, min_agreement,
     )  # fmt: skip
@@ -340,20 +344,6 @@ def _measure(
         parts.append(differences(model.card.task, before, after, len(seen)))
         seen += [ref for ref, _ in some]
     return joined(parts), seen
-
-
-def _worst(
-    found: Differences, evidence: Evidence, seen: Sequence[ObjectRef], labels: tuple[str, ...] | None
-) -> tuple[WorstObject, ...]:
-    places = {row: place for place, row in enumerate(found.index.tolist())}
-
-    def worst(row: int) -> WorstObject:
-        delta, best = float(found.delta[places[row]]), found.best[places[row]].tolist()
-        names = [labels[one] if labels is not None else str(one) for one in best]
-        before, after = names or (None, None)
-        return WorstObject(seen[row].key, before, after, None if np.isnan(delta) else delta)
-
-    return tuple(worst(row) for row in evidence.worst)
 
 
 def _record(result: Quantization) -> CardEvidence:
