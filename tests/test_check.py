@@ -281,7 +281,7 @@ def test_a_lower_precision_agrees_where_the_interval_reaches_99_percent(
     text = comparison_text(found)
     assert "openvino in bf16 against openvino in fp32: 64 inputs" in text
     assert re.search(rf"the same best class +{same / 64:.2%} \(95 %: .*%\)", text)
-    assert re.search(r"\|Δp\| +max 0\.03, mean 0\.002", text)
+    assert re.search(r"\|Δ score\| +max 0\.03, mean 0\.002", text)
     wanted = f"{100 - 100 * tolerance:.4g}%"
     verdict = "agree: the interval reaches" if agrees else "differ: the interval does not reach"
     assert text.endswith(f"{verdict} {wanted}")

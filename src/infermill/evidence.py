@@ -70,7 +70,7 @@ class Proportion:
 class Differences:
     """One entry for each object that fp32 answers with numbers: what both say, and how far that is apart.
 
-    `delta` [N] float64 is, of a classification, the largest difference of a class's score (|Δp|); of an embedding
+    `delta` [N] float64 is, of a classification, the largest difference of a class's score; of an embedding
     1 - cosine similarity; of raw outputs the largest difference as a part of the largest value of that output, and of
     outputs without fractions the part of their numbers that differ; at most 1. It is NaN where only the other form
     answers NaN or infinity. `best` [N, 2] int64 has both best classes, and is [N, 0] for other tasks; of a network

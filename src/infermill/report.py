@@ -267,7 +267,7 @@ def _evidence(evidence: "Evidence") -> list[tuple[str, str]]:
     """How far answers are from those in fp32, as the rows of a table."""
     what = {"top-1": "the same best class", "cosine": "mean cosine similarity", "relative error": "1 - relative error"}
     lines = [(what[evidence.measure], f"{evidence.agreement:.2%}{_between(evidence.interval)}")]
-    difference = "|Δp|" if evidence.measure == "top-1" else "difference"
+    difference = "|Δ score|" if evidence.measure == "top-1" else "difference"
     lines.append((difference, f"max {evidence.max_delta:.2g}, mean {evidence.mean_delta:.2g}"))
     if evidence.nonfinite:
         lines.append(("NaN or infinity", f"{evidence.nonfinite:,} objects"))
