@@ -138,8 +138,8 @@ def quantize(
         options: as `run`; evidence is measured in `options.runtime`.
         card_options: as `run`.
         objects: of the sample.
-        min_agreement: where it agrees less, nothing is written. Nodes are kept in float until the
-            selection agrees so much, and a little more, or half of the multiplications are in float; without it 0.99.
+        min_agreement: where it agrees less, nothing is written. Nodes are kept in float until the selection agrees so
+            much (without it: 0.99) and a little more, or half of the multiplications are in float.
         truth: a Parquet file with the columns `key` and `label`, for a classification; the labels of shards count
             where it is not given.
 
