@@ -129,6 +129,16 @@ def tiny_classifier(
     return net.save(path, [image], [output], opset=opset, ir_version=ir_version, external_data=external_data)
 
 
+def tiny_unanswered(path: Path) -> Path:
+    """`tiny_classifier`, less its answers: it ends in the logarithm of what is below 0, and so in NaN."""
+    model = onnx.load(tiny_classifier(path))
+    model.graph.node[-1].output[0] = "scores"
+    for op, before, after in (("Abs", "scores", "size"), ("Neg", "size", "below"), ("Log", "below", "logits")):
+        model.graph.node.append(helper.make_node(op, [before], [after], op.lower()))
+    onnx.save(model, path)
+    return path
+
+
 def _shape(net: Network, shape: list[int]) -> str:
     name = f"shape{len(net.weights)}"
     net.weights.append(numpy_helper.from_array(np.array(shape, np.int64), name))

@@ -11,17 +11,20 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from onnx import helper
 from PIL import Image
 
-from infermill.check import Comparison, OutputDifference, check, compare
+from infermill.check import Comparison, OutputDifference, WorstInput, check, compare
 from infermill.errors import ModelError, SourceError, UsageError
 from infermill.evidence import Evidence, Proportion
 from infermill.layers import Deviation, deviation, first_difference
 from infermill.models.model import Model
 from infermill.models.opening import open_model
+from infermill.predict import load_model
 from infermill.report import comparison_text
 from infermill.runtimes import Predictor, load
 from infermill.runtimes.openvino import precisions
@@ -35,7 +38,9 @@ from tests.networks import (
     tiny_quantised,
     tiny_raw,
     tiny_tabular,
+    tiny_unanswered,
 )
+from tests.shards import packed, png, write_records
 
 COMMAND = [str(Path(sys.executable).with_name("infermill")), "check"]
 QUIET = Options(threads=2)
@@ -119,6 +124,19 @@ def test_a_source_is_sampled_and_what_cannot_be_decoded_is_counted(tmp_path: Pat
         check(path, "onnxruntime", photos / "bad.png", QUIET)
     with pytest.raises(SourceError, match="does not exist"):
         check(path, "onnxruntime", photos / "nowhere", QUIET)
+
+
+def test_inputs_that_fp32_does_not_answer_say_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="onnxruntime in fp32 answers none of 64 inputs with numbers"):
+        check(tiny_unanswered(tmp_path / "log.onnx"), "onnxruntime", options=QUIET)
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for number, picture in enumerate(pictures(4)):
+        Image.fromarray(picture * np.uint8(number > 0)).save(dark / f"{number}.png")
+    path = tiny_classifier(tmp_path / "tiny.onnx", nan_on_black=True)
+    found = check(path, "onnxruntime", dark, QUIET)
+    assert (found.inputs, found.evidence.objects, found.agrees) == (4, 3, True)
+    assert "4 inputs, 1 not answered with numbers by onnxruntime" in comparison_text(found)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
@@ -263,7 +281,7 @@ def test_a_lower_precision_agrees_where_the_interval_reaches_99_percent(
     text = comparison_text(found)
     assert "openvino in bf16 against openvino in fp32: 64 inputs" in text
     assert re.search(rf"the same best class +{same / 64:.2%} \(95 %: .*%\)", text)
-    assert re.search(r"\|Δp\| +max 0\.03, mean 0\.002", text)
+    assert re.search(r"\|Δ score\| +max 0\.03, mean 0\.002", text)
     wanted = f"{100 - 100 * tolerance:.4g}%"
     verdict = "agree: the interval reaches" if agrees else "differ: the interval does not reach"
     assert text.endswith(f"{verdict} {wanted}")
@@ -284,6 +302,37 @@ def test_a_quantised_network_is_judged_by_the_agreement(tmp_path: Path) -> None:
     assert found.agrees
     assert found.evidence.interval is not None
     assert found.as_json()["evidence"]["interval"] == list(found.evidence.interval)
+
+
+def test_the_worst_inputs_have_keys_and_accuracy_is_measured(tmp_path: Path, photos: Path) -> None:
+    path = tiny_quantised(tmp_path / "int8.onnx")
+    keys = [f"{number}.png" for number in range(8)]
+    best = [one.top[0].index for one in load_model(path, QUIET)([photos / key for key in keys]) if one.top]
+    pq.write_table(pa.table({"key": keys, "label": [best[0] + 1, *best[1:]]}), tmp_path / "truth.parquet")
+    found = check(path, "onnxruntime", photos, QUIET, truth=str(tmp_path / "truth.parquet"))
+    told = found.as_json()
+    assert {one["key"] for one in told["worst"]} == {f"{number}.png" for number in range(10)}
+    assert told["worst"][0]["against"] == str(best[int(found.worst[0].key[0])])
+    assert "worst" not in told["evidence"]
+    assert found.evidence.accuracy is not None
+    assert found.evidence.accuracy[1] == Proportion(7, 8)
+    assert re.search(r"accuracy on openvino in int8 +87.50% .* of 8 with a label", comparison_text(found))
+    with pytest.raises(UsageError, match="without SOURCE inputs are random"):
+        check(path, "onnxruntime", options=QUIET, truth=str(tmp_path / "truth.parquet"))
+
+
+def test_the_worst_inputs_are_listed_where_the_answers_differ() -> None:
+    apart, worst = (OutputDifference("logits", 0.5, 0.25, 0.5),), (WorstInput("a.png", "cat", "dog", 0.25),)
+    found = Comparison("openvino", "openvino", "bf16", "fp32", 64, 0, 0.01, apart, None, evidence(32, 64), worst)
+    assert re.search(r"worst inputs .*\n *a\.png +cat +dog +0\.250\n", comparison_text(found))
+
+
+def test_labels_of_shards_count(tmp_path: Path) -> None:
+    write_records(tmp_path / "p.rec", [packed(png(seed), [float(seed)], seed) for seed in range(10)])
+    found = check(tiny_classifier(tmp_path / "tiny.onnx"), "onnxruntime", tmp_path / "p.rec", QUIET)
+    assert found.evidence.accuracy is not None
+    assert found.evidence.accuracy[0].of == 10
+    assert "accuracy on openvino" in comparison_text(found)
 
 
 @pytest.mark.parametrize("task", ["embedding", "raw"])

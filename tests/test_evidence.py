@@ -103,6 +103,18 @@ def test_a_classification_is_counted_as_defined(before: NDArray[np.float32], see
         assert found.accuracy == tuple(Proportion(count, len(labelled)) for count in right)
 
 
+def test_one_number_is_of_two_classes() -> None:
+    before = np.array([[0.9], [0.6], [0.2], [0.5], [0.4]], np.float32)
+    after = np.array([[0.8], [0.4], [0.1], [0.5], [np.nan]], np.float32)
+    found = differences("classification", (before,), (after,))
+    assert found.best.tolist() == [[1, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+    evidence = evidence_of(found, labels=[1, 1, 0, 1, 0])
+    assert (evidence.agreement, evidence.worst[:2]) == (0.6, (4, 1))
+    assert evidence.accuracy == (Proportion(4, 5), Proportion(2, 5))
+    (scores,) = answers(card_of(output={"activation": "sigmoid"}), (np.array([[-0.1], [0.1]], np.float32),))
+    assert differences("classification", (scores,), (scores[::-1],)).best.tolist() == [[0, 1], [1, 0]]
+
+
 # --- tasks without classes
 
 
@@ -160,6 +172,12 @@ def test_what_fp32_cannot_answer_is_left_out() -> None:
     assert evidence_of(found).objects == 2
 
 
+def test_where_fp32_answers_nothing_nothing_agrees() -> None:
+    before = np.full((3, 3), np.nan, np.float32)
+    evidence = evidence_of(differences("classification", (before,), (before,)))
+    assert (evidence.objects, evidence.agreement, evidence.interval) == (0, 0.0, (0.0, 1.0))
+
+
 def test_nothing_but_nan_has_no_agreement() -> None:
     before = np.eye(2, dtype=np.float32)
     evidence = evidence_of(differences("embedding", (before,), (np.full_like(before, np.nan),)))
@@ -187,6 +205,6 @@ def test_evidence_is_plain_json() -> None:
     data = json.loads(json.dumps(evidence.as_json()))
     assert data["agreement"] == 0.75
     assert data["interval"] == pytest.approx([0.300642, 0.954413], abs=1e-5)
-    assert data["worst"] == [3, 0, 1, 2]
+    assert "worst" not in data, "rows without keys"
     assert (data["accuracy"]["fp32"]["share"], data["accuracy"]["this"]["count"]) == (1.0, 3)
     json.dumps(evidence_of(differences("raw", (before,), (after,))).as_json())

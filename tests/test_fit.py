@@ -287,6 +287,12 @@ NORMALISED = {"scale": 0.5, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
         (network(output=("N",)), {"task": "embedding"}, "is no embedding", "task: raw"),
         (network(output_dtype="int64"), {}, "holds no floating-point numbers", "task: raw"),
         (network(op="Softmax"), {"output": {"activation": "softmax"}}, "out of a Softmax already", "activation: none"),
+        (
+            network(output=("N", 1)),
+            {"output": {"activation": "softmax"}},
+            "one number of `logits`",
+            "activation: sigmoid",
+        ),
         (network(opset=6), {}, "opset 6", "convert_version(model, 17)"),
     ],
 )

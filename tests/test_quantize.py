@@ -24,7 +24,16 @@ from infermill.report import quantization_text
 from infermill.rows import read
 from infermill.types import CardOptions, Options, StoreOptions
 from tests.checkpoints import write_checkpoint
-from tests.networks import Network, pictures, tiny_classifier, tiny_detector, tiny_embedding, tiny_raw, tiny_tabular
+from tests.networks import (
+    Network,
+    pictures,
+    tiny_classifier,
+    tiny_detector,
+    tiny_embedding,
+    tiny_raw,
+    tiny_tabular,
+    tiny_unanswered,
+)
 from tests.shards import packed, png, write_records
 
 COMMAND = [str(Path(sys.executable).with_name("infermill")), "quantize"]
@@ -193,8 +202,28 @@ def test_accuracy_by_a_file_of_labels(tmp_path: Path, model: Path, photos: Path)
     assert card.evidence is not None and card.evidence.accuracy is not None
     assert (card.evidence.accuracy.this, card.evidence.accuracy.objects) == (after.share, before.of)
     assert "accuracy in int8" in quantization_text(found)
+    assert f"of {found.evidence.objects} with a label" in quantization_text(found)
+    pq.write_table(pa.table({"key": keys, "label": ["horse"] * COUNT}), tmp_path / "truth.parquet")
+    with pytest.raises(SourceError, match="labels that are no class of the model, as 'horse'"):
+        quantize(model, photos, tmp_path / "x.yaml", QUIET, truth=str(tmp_path / "truth.parquet"))
     with pytest.raises(SourceError, match="no labels that can be read"):
         quantize(model, photos, tmp_path / "x.yaml", QUIET, truth=str(photos / "bad.png"))
+
+
+def test_one_number_has_two_classes(tmp_path: Path, photos: Path) -> None:
+    tiny_classifier(tmp_path / "cat.onnx", classes=1)
+    output = {"activation": "sigmoid"}
+    card = write_card(tmp_path / "cat.yaml", files={"onnx": "cat.onnx"}, labels=["cat"], output=output)
+    keys = [f"{number}.png" for number in range(COUNT)]
+    scores = [one.top[0].score for one in load_model(card, QUIET)([photos / key for key in keys]) if one.top]
+    names = ["cat" if score > 0.5 else "not cat" for score in scores]
+    assert len(set(names)) == 2
+    pq.write_table(pa.table({"key": keys, "label": names}), tmp_path / "truth.parquet")
+    found = quantize(card, photos, tmp_path / "int8.yaml", QUIET, truth=str(tmp_path / "truth.parquet"))
+    assert found.evidence.accuracy is not None
+    assert [one.share for one in found.evidence.accuracy] == [1.0, found.evidence.agreement]
+    assert found.evidence.accuracy[0].of == found.evidence.objects
+    assert {one.fp32 for one in found.worst} | {one.int8 for one in found.worst} <= {"cat", "not cat"}
 
 
 def test_accuracy_by_the_labels_of_shards(tmp_path: Path, model: Path) -> None:
@@ -287,6 +316,23 @@ def test_a_model_in_a_lower_precision_is_not_what_int8_is_compared_with(
 ) -> None:
     with pytest.raises(UsageError, match="int8 is compared with fp32"):
         quantize(model, photos, tmp_path / "int8.yaml", QUIET, CardOptions(precision="bf16"))
+
+
+def test_what_fp32_does_not_answer_is_no_evidence(tmp_path: Path, photos: Path) -> None:
+    card = write_card(tmp_path / "model.yaml", files={"onnx": "log.onnx"}, output={})
+    tiny_unanswered(tmp_path / "log.onnx")
+    with pytest.raises(SourceError, match="has 0 objects to measure with that fp32 answers with numbers") as told:
+        quantize(card, photos, tmp_path / "int8.yaml", QUIET)
+    assert "infermill plan" in told.value.hint
+    tiny_classifier(tmp_path / "log.onnx", nan_on_black=True)
+    folder = tmp_path / "dark"
+    folder.mkdir()
+    for number, picture in enumerate(pictures(COUNT)):
+        Image.fromarray(picture * np.uint8(number % 12 > 0)).save(folder / f"{number}.png")
+    found = quantize(card, folder, tmp_path / "int8.yaml", QUIET)
+    assert found.unanswered > 0
+    assert found.evidence.objects + found.unanswered + found.selected + found.calibrated == COUNT
+    assert f"{found.unanswered} not answered with numbers by fp32" in quantization_text(found)
 
 
 def test_too_few_objects(tmp_path: Path, model: Path, photos: Path) -> None:

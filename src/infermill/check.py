@@ -2,7 +2,7 @@
 first to differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from infermill.errors import BadInputError, SourceError, UsageError
 from infermill.estimation import Sample
-from infermill.evidence import Differences, Evidence, answers, differences, evidence_of, joined
+from infermill.evidence import (
+    NO_LABEL,
+    Differences,
+    Evidence,
+    answers,
+    class_names,
+    differences,
+    evidence_of,
+    joined,
+    worst_of,
+)
 from infermill.job import empty_source, tell_assumptions
 from infermill.jobspec import suffixes_of
 from infermill.layers import Deviation, Layer, deviation, first_difference
@@ -27,6 +37,7 @@ from infermill.predictions import rows_for
 from infermill.runtimes import Arrays, Batch, Predictor
 from infermill.sources import list_source, rereadable
 from infermill.stages import Stages
+from infermill.truth import read_truth, right_classes
 from infermill.types import CardOptions, ObjectRef, Options, RuntimeName
 from infermill.worker import load_predictor, network_of, stages_of
 
@@ -51,6 +62,20 @@ class OutputDifference:
 
 
 @dataclass(frozen=True, slots=True)
+class WorstInput:
+    """An input whose answers are far apart: the best class of each, by its label where there is one, and how far.
+
+    `key` is that of the object; of random inputs, the number from 0.
+    """
+
+    key: str
+    against: str | None
+    found: str | None
+    delta: float | None
+    "None where only `runtime` answers NaN or infinity."
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What two runtimes, or precisions, say of the same inputs.
 
@@ -72,6 +97,8 @@ class Comparison:
     layer: Layer | None
     evidence: Evidence
     "How far the answers are apart; of a detection, the outputs of the network."
+    worst: tuple[WorstInput, ...] = ()
+    "The inputs that are farthest apart, worst first."
 
     @property
     def is_lower(self) -> bool:
@@ -101,6 +128,7 @@ def check(
     options: Options | None = None,
     card_options: CardOptions | None = None,
     tolerance: float | None = None,
+    truth: str | None = None,
 ) -> Comparison:
     """Run a network in `options.runtime` and in another runtime, or in a lower precision and in fp32, and compare what
     is answered.
@@ -114,10 +142,13 @@ def check(
         card_options: as `run`; with its `precision`.
         tolerance: the largest difference that is none, as a part of an output's largest value; by default 1e-4. Where
             a side computes in less than fp32, how much less than 1 the agreement may be; by default 0.01.
+        truth: as `quantize`: what accuracy is measured by.
 
     Raises:
-        UsageError: both runtimes are the same, and the precision as well; or it is not there.
-        ModelError, SourceError, StoreError: as `run`.
+        UsageError: both runtimes are the same, and the precision as well; or it is not there; or `truth` is given
+            without a source, or for another task.
+        SourceError: as `run`; or no input can be decoded, or is answered with numbers, or `truth` has a class of none.
+        ModelError, StoreError: as `run`.
 
     Example:
         >>> check("resnet-18-symbol.json", "mxnet", "photos/").agrees  # doctest: +SKIP
@@ -126,11 +157,16 @@ def check(
     options = options or Options()
     resolved = open_model(model, options, card_options or CardOptions())
     tell_assumptions(resolved)
-    return compare(resolved, against, source, options, tolerance)
+    return compare(resolved, against, source, options, tolerance, truth)
 
 
 def compare(
-    model: Model, against: RuntimeName, source: str | Path | None, options: Options, tolerance: float | None = None
+    model: Model,
+    against: RuntimeName,
+    source: str | Path | None,
+    options: Options,
+    tolerance: float | None = None,
+    truth: str | None = None,
 ) -> Comparison:
     """As `check`, for a model that has been opened.
 
@@ -144,27 +180,44 @@ def compare(
         )
     if tolerance is not None and not 0 <= tolerance < 1:
         raise UsageError(f"--tolerance {tolerance} is no part of 1", "leave it out for the default")
+    if truth is not None and source is None:
+        raise UsageError("--truth is of objects, and without SOURCE inputs are random", "name the SOURCE of its keys")
+    known = None if truth is None else read_truth(truth, model.card, options)
+    names = class_names(model.labels)
     other = replace(options, runtime=against)
     predictors = _load(model, options), _load(in_fp32(model), other)
     precisions = predictors[0].precision, predictors[1].precision
     if tolerance is None:
         tolerance = LOWER_TOLERANCE if is_lower(*precisions) else TOLERANCE
     with _inputs(model, predictors[0], source, options) as inputs:
+        classes = right_classes(inputs.refs, names, known)
         tallies = _Tallies(model, predictors[0].output_names)
-        while rows := list(islice(inputs.rows, predictors[0].batch_size)):
-            batch = np.stack(rows)
+        keys: list[str] = []
+        while some := list(islice(inputs.rows, predictors[0].batch_size)):
+            batch = np.stack([row for _, row in some])
+            keys += [key for key, _ in some]
             tallies.add(batch, predictors[0](batch), predictors[1](batch))
     if tallies.worst is None:
         raise SourceError(f"no object of {source} can be decoded", "infermill plan says why")
-    outputs = tallies.outputs()
+    apart = joined(tallies.differences)
+    evidence = evidence_of(apart, [classes.get(key, NO_LABEL) for key in keys])
+    outputs = tallies.outputs(evidence)
+    differs = not is_lower(*precisions) and any(output.relative > tolerance for output in outputs)
+    if not evidence.objects and not differs:
+        raise SourceError(
+            f"{against} in fp32 answers none of {len(keys)} inputs with numbers: there is nothing to compare",
+            "check the network, and give a SOURCE with objects that it was made for",
+        )
     layer = None
-    if not is_lower(*precisions) and any(output.relative > tolerance for output in outputs):
+    if differs:
         del predictors  # memory for those that are loaded next
         loads = (lambda probe: _load(probe, options)), (lambda probe: _load(probe, other))
         layer = first_difference(model, loads, tallies.worst, tolerance)
-    evidence = evidence_of(joined(tallies.differences))
+    worst = tuple(
+        WorstInput(keys[row], before, after, delta) for row, before, after, delta in worst_of(apart, evidence, names)
+    )
     return Comparison(
-        options.runtime, against, *precisions, tallies.inputs, inputs.skipped, tolerance, outputs, layer, evidence
+        options.runtime, against, *precisions, len(keys), inputs.skipped, tolerance, outputs, layer, evidence, worst
     )
 
 
@@ -186,13 +239,11 @@ class _Tallies:
     """What is known of each output, and the input whose answers are farthest apart."""
 
     def __init__(self, model: Model, names: tuple[str, ...]) -> None:
-        self._is_classification = model.card.task == "classification"
         # Boxes come in no order that two answers would share.
         is_detection = model.card.task == "detection"
         self._card = replace(model.card, task="raw") if is_detection else model.card
         self.differences: list[Differences] = []
         self._deviations = dict.fromkeys(names, Deviation(0.0, 0.0))
-        self._same = dict.fromkeys(names, 0)
         self._farthest = -1.0
         self.inputs = 0
         self.worst: Batch | None = None
@@ -210,44 +261,35 @@ class _Tallies:
                 self._deviations[name] = Deviation(
                     max(apart.absolute, before.absolute), max(apart.largest, before.largest)
                 )
-            if self._is_classification:
-                self._same[name] += int((_best(one) == _best(other)).sum())
 
-    def outputs(self) -> tuple[OutputDifference, ...]:
+    def outputs(self, evidence: Evidence) -> tuple[OutputDifference, ...]:
+        top1 = evidence.agreement if evidence.measure == "top-1" else None
         return tuple(
-            OutputDifference(
-                name,
-                apart.absolute,
-                apart.relative,
-                self._same[name] / self.inputs if self._is_classification else None,
-            )
-            for name, apart in self._deviations.items()
+            OutputDifference(name, apart.absolute, apart.relative, top1) for name, apart in self._deviations.items()
         )
 
 
-def _best(scores: NDArray[np.generic]) -> NDArray[np.intp]:
-    return np.asarray(scores.reshape(len(scores), -1).argmax(axis=1))
-
-
 class _Inputs:
-    """Rows as the network takes them, made one by one; `skipped` counts what cannot be decoded."""
+    """Keys, and rows as the network takes them, made one by one; `skipped` counts what cannot be decoded."""
 
-    def __init__(self, rows: Iterator[Row | None]) -> None:
+    def __init__(self, rows: Iterator[tuple[str, Row | None]], refs: Sequence[ObjectRef] = ()) -> None:
         self.skipped = 0
         self.rows = self._decoded(rows)
+        self.refs = refs
 
-    def _decoded(self, rows: Iterator[Row | None]) -> Iterator[Row]:
-        for row in rows:
+    def _decoded(self, rows: Iterator[tuple[str, Row | None]]) -> Iterator[tuple[str, Row]]:
+        for key, row in rows:
             if row is None:
                 self.skipped += 1
             else:
-                yield row
+                yield key, row
 
 
 @contextmanager
 def _inputs(model: Model, predictor: Predictor, source: str | Path | None, options: Options) -> Iterator[_Inputs]:
     if source is None:
-        yield _Inputs(_random_rows(predictor, options.limit or INPUTS))
+        rows = _random_rows(predictor, options.limit or INPUTS)
+        yield _Inputs((str(number), row) for number, row in enumerate(rows))
         return
     sample = Sample(options.limit or INPUTS)
     with rereadable(str(source)) as listed:
@@ -257,7 +299,8 @@ def _inputs(model: Model, predictor: Predictor, source: str | Path | None, optio
         if not sample.refs:
             raise empty_source(str(source))
         stages = stages_of(where, model, options, lambda: network_of(predictor, rows_for(model, predictor)))
-        yield _Inputs(decoded(ref, stages) for ref in sample.refs)
+        refs = sample.refs
+        yield _Inputs(((ref.key, decoded(ref, stages)) for ref in refs), refs)
 
 
 def decoded(ref: ObjectRef, stages: Stages) -> Row | None:

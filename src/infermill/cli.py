@@ -28,6 +28,9 @@ Model = Annotated[str, Parameter(alias="-m", help="A model card, an .onnx, or an
 JobFlags = Annotated[Options, Parameter(name="*", group=JOB)]
 CardFlags = Annotated[CardOptions, Parameter(name="*", group=CARD)]
 StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
+Truth = Annotated[
+    str | None, Parameter(help="Parquet with `key` and `label`, for accuracy. (default: labels of shards)")
+]
 Json = Annotated[bool, Parameter(help="Print the result as one JSON object.")]
 SOURCE_HELP = "Folder, file, glob, shard, manifest (.txt, .parquet, - for standard input), or s3://, gs://, az:// URI."
 Source = Annotated[str, Parameter(help=SOURCE_HELP, allow_leading_hyphen=True)]  # `-`
@@ -170,6 +173,7 @@ def check(
     model: Model,
     against: Annotated[RuntimeName, Parameter(help="The runtime that is right, in fp32.")],
     tolerance: Annotated[float | None, Parameter(help=TOLERANCE_HELP)] = None,
+    truth: Truth = None,
     json: Json = False,
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,
@@ -179,7 +183,7 @@ def check(
     from infermill.check import check as check_model
 
     _log_to_stderr()
-    comparison = check_model(model, against, source, options, card, tolerance)
+    comparison = check_model(model, against, source, options, card, tolerance, truth)
     print(jsonlib.dumps(comparison.as_json()) if json else report.comparison_text(comparison))
     return 0 if comparison.agrees else 1
 
@@ -214,7 +218,7 @@ def quantize(
         float | None, Parameter(help="Write nothing below this, and end with exit code 3.")
     ] = None,
     objects: Annotated[int, Parameter(help="Size of the sample.")] = 800,
-    truth: Annotated[str | None, Parameter(help="Parquet with `key` and `label`. (default: labels of shards)")] = None,
+    truth: Truth = None,
     json: Json = False,
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,

@@ -6,7 +6,7 @@ Pure functions over arrays, so that a batch at a time is enough:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ Measure = Literal["top-1", "cosine", "relative error"]
 MEASURES: dict[Task, Measure] = {"classification": "top-1", "embedding": "cosine", "raw": "relative error"}
 NO_LABEL = -1
 WORST = 10
+THRESHOLD = 0.5
+"Of a network that gives one number: with more than this, an input is of its class."
 # The 0.975 quantile of the normal distribution.
 _Z = 1.959963984540054
 
@@ -41,8 +43,8 @@ class Proportion:
 
     @property
     def share(self) -> float:
-        """The part of 1; that of no objects is 1."""
-        return self.count / self.of if self.of else 1.0
+        """The part of 1; that of no objects is 0."""
+        return self.count / self.of if self.of else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -68,10 +70,11 @@ class Proportion:
 class Differences:
     """One entry for each object that fp32 answers with numbers: what both say, and how far that is apart.
 
-    `delta` [N] float64 is, of a classification, the largest difference of a class's score (|Δp|); of an embedding
+    `delta` [N] float64 is, of a classification, the largest difference of a class's score; of an embedding
     1 - cosine similarity; of raw outputs the largest difference as a part of the largest value of that output, and of
     outputs without fractions the part of their numbers that differ; at most 1. It is NaN where only the other form
-    answers NaN or infinity. `best` [N, 2] int64 has both best classes, and is [N, 0] for other tasks.
+    answers NaN or infinity. `best` [N, 2] int64 has both best classes, and is [N, 0] for other tasks; of a network
+    with one score, the class is 1 where that is over 0.5, and else 0.
     """
 
     task: Task
@@ -88,7 +91,7 @@ class Differences:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a network in less precision is worth beside fp32, measured on `objects` inputs.
+    """What a network in less precision is worth beside fp32, measured on the `objects` that fp32 answers with numbers.
 
     `agreement` is the part of objects with the same best class (`measure` is `top-1`), with its 95 % `interval`; of an
     embedding the mean cosine similarity, and of raw outputs 1 less the mean relative error, without an interval.
@@ -109,12 +112,12 @@ class Evidence:
     "Rows of the inputs, worst first: NaN, then another best class, then the largest delta."
 
     def as_json(self) -> dict[str, Any]:
-        """The evidence as plain JSON types."""
-        data = asdict(self)
+        """The evidence as plain JSON types, less the worst rows, which mean nothing without the inputs' keys."""
+        data = {name: value for name, value in asdict(self).items() if name != "worst"}
         if self.accuracy is not None:
             shares = [{**asdict(one), "share": one.share, "interval": list(one.interval)} for one in self.accuracy]
             data["accuracy"] = dict(zip(("fp32", "this"), shares, strict=True))
-        return data | {"interval": None if self.interval is None else list(self.interval), "worst": list(self.worst)}
+        return data | {"interval": None if self.interval is None else list(self.interval)}
 
 
 def check_measurable(card: ModelCard) -> None:
@@ -161,13 +164,30 @@ def differences(task: Task, before: Arrays, after: Arrays, first: int = 0) -> Di
     is_number = _finite(after)
     best = np.zeros((len(rows), 0), np.int64)
     if task == "classification":
-        # Of equal scores the lower index is the better one, here as in a job.
-        best = np.stack([_rows(array[0]).argmax(axis=1) for array in (before, after)], axis=1).astype(np.int64)
+        best = np.stack([_best(_rows(array[0])) for array in (before, after)], axis=1)
     delta = np.full(len(rows), np.nan)
     if is_number.any():
         pairs = [(_rows(one)[is_number], _rows(two)[is_number]) for one, two in zip(before, after, strict=True)]
         delta[is_number] = np.max([_delta(task, *pair) for pair in pairs], axis=0)
     return Differences(task, rows + first, delta, best)
+
+
+def _best(scores: NDArray[Any]) -> NDArray[np.int64]:
+    """The best class of each row; of one number, 1 where it is over the threshold, and else 0."""
+    if scores.shape[1] == 1:
+        return np.asarray(scores[:, 0] > THRESHOLD, np.int64)
+    # Of equal scores the lower index is the better one, here as in a job.
+    return np.asarray(scores.argmax(axis=1), np.int64)
+
+
+def class_names(labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The names of the best classes: where a network gives one number, and has one label, those of 0 and of 1.
+
+    Example:
+        >>> class_names(("cat",))
+        ('not cat', 'cat')
+    """
+    return (f"not {labels[0]}", labels[0]) if labels is not None and len(labels) == 1 else labels
 
 
 def _rows(array: NDArray[Any]) -> NDArray[Any]:
@@ -242,6 +262,24 @@ def evidence_of(found: Differences, labels: Sequence[int] | None = None, worst: 
         accuracy=_accuracy(found, np.asarray(labels, np.int64)) if is_classification and labels is not None else None,
         worst=tuple(found.index[order[:worst]].tolist()),
     )
+
+
+def worst_of(
+    found: Differences, evidence: Evidence, names: tuple[str, ...] | None
+) -> Iterator[tuple[int, str | None, str | None, float | None]]:
+    """The worst inputs: the row, the best class in fp32 and in less, by its name where there is one, and the delta,
+    which is None where it is NaN. Other tasks have no classes.
+
+    Example:
+        >>> found = differences("classification", (np.array([[0.1, 0.9]]),), (np.array([[0.6, 0.4]]),))
+        >>> list(worst_of(found, evidence_of(found), ("cat", "dog")))
+        [(0, 'dog', 'cat', 0.5)]
+    """
+    places = {row: place for place, row in enumerate(found.index.tolist())}
+    for row in evidence.worst:
+        delta, best = float(found.delta[places[row]]), found.best[places[row]].tolist()
+        before, after = [str(one) if names is None else names[one] for one in best] or (None, None)
+        yield row, before, after, None if math.isnan(delta) else delta
 
 
 def _accuracy(found: Differences, labels: NDArray[np.int64]) -> tuple[Proportion, Proportion] | None:

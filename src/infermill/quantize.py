@@ -6,7 +6,7 @@ source ─► a sample, in three parts ─┬► calibrate: the ranges of values
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infermill.check import Row, decoded
@@ -27,9 +25,11 @@ from infermill.evidence import (
     Evidence,
     answers,
     check_measurable,
+    class_names,
     differences,
     evidence_of,
     joined,
+    worst_of,
 )
 from infermill.job import empty_source, tell_assumptions
 from infermill.jobspec import check_options, suffixes_of
@@ -43,13 +43,12 @@ from infermill.models.opening import open_card, open_model
 from infermill.models.quantization import Quantized, check_quantizable, quantize_network
 from infermill.plan import cut
 from infermill.predictions import rows_for
-from infermill.reader import open_reader
 from infermill.runtimes import Predictor
 from infermill.sensitivity import Choice, choose_nodes
 from infermill.sources import list_source, rereadable
 from infermill.stages import Stages
-from infermill.stores import STORE_ERRORS, explain, locate, open_store
-from infermill.types import CardOptions, Label, ObjectRef, Options
+from infermill.truth import read_truth, right_classes
+from infermill.types import CardOptions, ObjectRef, Options
 from infermill.worker import load_predictor, network_of, stages_of
 
 OBJECTS = 800
@@ -57,6 +56,7 @@ TARGET = 0.99
 FEWEST_HELD_OUT = 50
 PROBE_ROWS = 16
 _AT_ONCE = 64
+_ANSWERED = "objects to measure with that fp32 answers with numbers"
 CARD_SUFFIXES = (".yaml", ".yml")
 
 
@@ -85,6 +85,8 @@ class Quantization:
     "Objects by which the nodes in float were chosen."
     skipped: int
     "Objects of the sample that cannot be fetched or decoded."
+    unanswered: int
+    "Objects held out that fp32 answers with NaN or infinity: they are not compared."
     kept_in_float: tuple[str, ...]
     nodes: int
     "How many could have been kept in float."
@@ -106,9 +108,8 @@ class Quantization:
         """The result as plain JSON types."""
         paths = {name: None if path is None else str(path) for name, path in self._paths()}
         worst = [asdict(one) for one in self.worst]
-        evidence = {name: value for name, value in self.evidence.as_json().items() if name != "worst"}
         data = {name: getattr(self, name) for name in self.__slots__ if name not in ("card", "network", "worst")}
-        return {"passed": self.passed, **paths, **data, "evidence": evidence, "worst": worst} | {
+        return {"passed": self.passed, **paths, **data, "evidence": self.evidence.as_json(), "worst": worst} | {
             "kept_in_float": list(self.kept_in_float)
         }
 
@@ -137,14 +138,16 @@ def quantize(
         options: as `run`; evidence is measured in `options.runtime`.
         card_options: as `run`.
         objects: of the sample.
-        min_agreement: where it agrees less, nothing is written. Without it, nodes are kept in float until 0.99 is
-            met, or half of the multiplications are in float.
-        truth: a Parquet file with the columns `key` and `label`; the labels of shards count where it is not given.
+        min_agreement: where it agrees less, nothing is written. Nodes are kept in float until the selection agrees so
+            much (without it: 0.99) and a little more, or half of the multiplications are in float.
+        truth: a Parquet file with the columns `key` and `label`, for a classification; the labels of shards count
+            where it is not given.
 
     Raises:
-        UsageError: a number or a path cannot be right, or a file is there already.
+        UsageError: a number or a path cannot be right, a file is there already, or `truth` is given for another task.
         ModelError: the network cannot be quantized, or answers of its task cannot be compared.
-        SourceError: fewer than 50 objects are left to measure.
+        SourceError: fewer than 50 objects are left to measure, or fp32 answers fewer with numbers; or `truth` has a
+            class of none of them.
         StoreError: as `run`.
 
     Example:
@@ -163,23 +166,31 @@ def quantize(
             f"int8 is compared with fp32, and this model is to be computed in {opened.card.precision}", hint
         )
     tell_assumptions(opened)
-    known = {} if truth is None else _truth(truth, options)
+    known = None if truth is None else read_truth(truth, opened.card, options)
+    names = class_names(opened.labels)
     predictor = _load(opened, options)
     with rereadable(str(source)) as listed:
         inputs = _Inputs(listed, str(source), opened, predictor, options, objects)
+        classes = right_classes(inputs.held_out, names, known)
         quantized = quantize_network(opened, [row for _, row in inputs.take(inputs.calibrate)])
         with tempfile.TemporaryDirectory(prefix="infermill-") as folder:
             trial = _Trial(opened, quantized, Path(folder, "int8.onnx"), options)
             rows = [row for _, row in inputs.take(inputs.select)]
-            choice = _choose(trial, predictor, rows, min_agreement or TARGET)
+            choice = _choose(trial, predictor, inputs, rows, min_agreement or TARGET)
             other = trial.load(choice.kept)
             content = trial.path.read_bytes()
             found, seen = _measure(opened, predictor, other, inputs.take(inputs.held_out))
-    evidence = evidence_of(found, [_class_of(known.get(ref.key, ref.label), opened.labels) for ref in seen])
+    evidence = evidence_of(found, [classes.get(ref.key, NO_LABEL) for ref in seen])
+    if evidence.objects < FEWEST_HELD_OUT:
+        raise inputs.too_few(evidence.objects, _ANSWERED)
+    worst = tuple(
+        WorstObject(seen[row].key, before, after, delta)
+        for row, before, after, delta in worst_of(found, evidence, names)
+    )
     result = Quantization(
-        None, None, evidence, _worst(found, evidence, seen, opened.labels), len(inputs.calibrate), len(rows),
-        inputs.skipped, choice.kept, len(quantized.nodes), quantized.int8_share(choice.kept), choice.tries,
-        options.runtime, str(source), opened.digest, min_agreement,
+        None, None, evidence, worst, len(inputs.calibrate), len(rows), inputs.skipped,
+        len(seen) - evidence.objects, choice.kept, len(quantized.nodes), quantized.int8_share(choice.kept),
+        choice.tries, options.runtime, str(source), opened.digest, min_agreement,
     )  # fmt: skip
     if not result.passed:
         return result
@@ -268,11 +279,11 @@ class _Inputs:
         if taken < (FEWEST_HELD_OUT if refs is self.held_out else 1):
             raise self.too_few(taken)
 
-    def too_few(self, count: int) -> SourceError:
+    def too_few(self, count: int, what: str = "objects to measure with") -> SourceError:
         return SourceError(
-            f"{self._source} has {count} objects to measure with, and it takes {FEWEST_HELD_OUT}",
+            f"{self._source} has {count} {what}, and it takes {FEWEST_HELD_OUT}",
             f"give {FEWEST_HELD_OUT * 8 // 5} objects or more: an eighth is to calibrate, and a quarter to choose "
-            "what stays in float; infermill plan says what cannot be decoded",
+            "what stays in float; infermill plan says what cannot be decoded or predicted",
         )
 
 
@@ -298,7 +309,7 @@ class _Trial:
         return _load(self.model, self._options)
 
 
-def _choose(trial: _Trial, predictor: Predictor, rows: list[Row], target: float) -> Choice:
+def _choose(trial: _Trial, predictor: Predictor, inputs: _Inputs, rows: list[Row], target: float) -> Choice:
     """Which nodes to keep in float, by what the rows of the selection show."""
     card = trial.model.card
     expected = [answers(card, predictor(batch)) for batch in _batches(rows, predictor.batch_size)]
@@ -309,7 +320,10 @@ def _choose(trial: _Trial, predictor: Predictor, rows: list[Row], target: float)
         if few:
             batches = batches[: max(PROBE_ROWS // predictor.batch_size, 1)]
         pairs = zip(expected, batches, strict=False)
-        return evidence_of(joined([differences(card.task, one, answers(card, other(batch))) for one, batch in pairs]))
+        found = joined([differences(card.task, one, answers(card, other(batch))) for one, batch in pairs])
+        if not few and not len(found.index):
+            raise inputs.too_few(0, _ANSWERED)
+        return evidence_of(found)
 
     return choose_nodes(trial.nodes, measure, trial.int8_share, target)
 
@@ -330,45 +344,6 @@ def _measure(
         parts.append(differences(model.card.task, before, after, len(seen)))
         seen += [ref for ref, _ in some]
     return joined(parts), seen
-
-
-def _truth(where: str, options: Options) -> Mapping[str, Label]:
-    """The labels of a Parquet file, by key."""
-    place = locate(where)
-    try:
-        with open_reader(place, open_store(place, options), options) as reader:
-            table = pq.read_table(reader, columns=["key", "label"])
-    except pa.ArrowException as error:
-        hint = "write a Parquet file with the columns key and label, as `infermill datasets` does"
-        raise SourceError(f"{where} has no labels that can be read: {error}", hint) from None
-    except STORE_ERRORS as error:
-        raise explain(error, place.uri) from None
-    return dict(zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True))
-
-
-def _class_of(label: Label, names: tuple[str, ...] | None) -> int:
-    """The class that a label means: by its number, or by its name in the model's labels; -1 where there is none."""
-    if isinstance(label, list):  # RecordIO has numbers with fractions, and may have several
-        label = int(label[0]) if len(label) == 1 and label[0].is_integer() else None
-    if isinstance(label, str):
-        if names is not None and label in names:
-            return names.index(label)
-        label = int(label) if label.isdecimal() else None
-    return NO_LABEL if label is None or label < 0 else int(label)
-
-
-def _worst(
-    found: Differences, evidence: Evidence, seen: Sequence[ObjectRef], labels: tuple[str, ...] | None
-) -> tuple[WorstObject, ...]:
-    places = {row: place for place, row in enumerate(found.index.tolist())}
-
-    def worst(row: int) -> WorstObject:
-        delta, best = float(found.delta[places[row]]), found.best[places[row]].tolist()
-        names = [labels[one] if labels is not None else str(one) for one in best]
-        before, after = names or (None, None)
-        return WorstObject(seen[row].key, before, after, None if np.isnan(delta) else delta)
-
-    return tuple(worst(row) for row in evidence.worst)
 
 
 def _record(result: Quantization) -> CardEvidence:

@@ -211,20 +211,27 @@ def comparison_text(comparison: "Comparison") -> str:
             (comparison.against, comparison.against_precision),
         )
     )
+    unanswered = comparison.inputs - comparison.evidence.objects
+    if unanswered:
+        skipped += f", {unanswered:,} not answered with numbers by {expected}"
     what = f"{found} against {expected}: {comparison.inputs:,} inputs{skipped}"
+    shown: list[RenderableType] = [Text(what), "", table, ""]
+    lines = _evidence(comparison.evidence) if comparison.is_lower else []
+    if lines := lines + _accuracy(comparison.evidence, f"on {expected}", f"on {found}"):
+        shown += [_pairs(lines), ""]
+    if comparison.is_lower and not comparison.agrees:
+        rows = [(one.key, one.against, one.found, one.delta) for one in comparison.worst]
+        shown += [_worst(("worst inputs", expected, found), rows), ""]
     verdict = _agreement(comparison) if comparison.is_lower else _difference(comparison)
-    return _rendered([Text(what), "", table, "", *verdict])
+    return _rendered([*shown, *verdict])
 
 
 def _agreement(comparison: "Comparison") -> list[RenderableType]:
-    """The evidence for a lower precision, and whether it is enough."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in _evidence(comparison.evidence):
-        table.add_row(Text(name, style="dim"), value)
+    """Whether the evidence for a lower precision is enough."""
     verdict = ("agree", "green") if comparison.agrees else ("differ", "red")
     what = "agreement" if comparison.evidence.interval is None else "interval"
     reached = f"{'reaches' if comparison.agrees else 'does not reach'} {100 * (1 - comparison.tolerance):.4g}%"
-    return [table, "", Text.assemble(verdict, f": the {what} {reached}")]
+    return [Text.assemble(verdict, f": the {what} {reached}")]
 
 
 def _difference(comparison: "Comparison") -> list[RenderableType]:
@@ -248,23 +255,18 @@ def _difference(comparison: "Comparison") -> list[RenderableType]:
 def quantization_text(found: "Quantization") -> str:
     """The evidence for a network in int8, its worst objects where it is not enough, and the two files."""
     evidence = found.evidence
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    lines = _evidence(evidence)
-    if evidence.accuracy is not None:
-        for name, one in zip(("fp32", "int8"), evidence.accuracy, strict=True):
-            lines.append((f"accuracy in {name}", f"{one.share:.2%}{_between(one.interval)} of {one.of:,}"))
+    lines = _evidence(evidence) + _accuracy(evidence, "in fp32", "in int8")
     share = "" if found.int8_share is None else f", {found.int8_share:.0%} of multiplications in int8"
     lines.append(("kept in float", f"{len(found.kept_in_float)} of {found.nodes} nodes{share}"))
-    for name, value in lines:
-        table.add_row(name, Text(value))
     skipped = f", {found.skipped:,} cannot be decoded" if found.skipped else ""
+    if found.unanswered:
+        skipped += f", {found.unanswered:,} not answered with numbers by fp32"
     what_for = f"calibrated with {found.calibrated:,}, chosen with {found.selected:,}{skipped}"
     head = f"int8 against fp32 on {found.runtime}: {evidence.objects:,} objects ({what_for})"
-    shown: list[RenderableType] = [Text(head), "", table, ""]
+    shown: list[RenderableType] = [Text(head), "", _pairs(lines), ""]
     if not found.passed:
-        return _rendered([*shown, _worst(found)])
+        rows = [(one.key, one.fp32, one.int8, one.delta) for one in found.worst]
+        return _rendered([*shown, _worst(("worst objects", "fp32", "int8"), rows)])
     return _rendered([*shown, Text(_visible(str(found.network))), Text(_visible(str(found.card)))])
 
 
@@ -272,25 +274,41 @@ def _evidence(evidence: "Evidence") -> list[tuple[str, str]]:
     """How far answers are from those in fp32, as the rows of a table."""
     what = {"top-1": "the same best class", "cosine": "mean cosine similarity", "relative error": "1 - relative error"}
     lines = [(what[evidence.measure], f"{evidence.agreement:.2%}{_between(evidence.interval)}")]
-    difference = "|Δp|" if evidence.measure == "top-1" else "difference"
+    difference = "|Δ score|" if evidence.measure == "top-1" else "difference"
     lines.append((difference, f"max {evidence.max_delta:.2g}, mean {evidence.mean_delta:.2g}"))
     if evidence.nonfinite:
         lines.append(("NaN or infinity", f"{evidence.nonfinite:,} objects"))
     return lines
 
 
+def _accuracy(evidence: "Evidence", *sides: str) -> list[tuple[str, str]]:
+    """The accuracy of both sides, as rows of the same table; none where no object has a label."""
+    return [
+        (f"accuracy {side}", f"{one.share:.2%}{_between(one.interval)} of {one.of:,} with a label")
+        for side, one in zip(sides, evidence.accuracy or (), strict=False)
+    ]
+
+
 def _between(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f" (95 %: {interval[0]:.2%} to {interval[1]:.2%})"
 
 
-def _worst(found: "Quantization") -> Table:
+def _pairs(lines: Sequence[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in lines:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _worst(columns: Sequence[str], rows: Sequence[tuple[str, str | None, str | None, float | None]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("worst objects", "fp32", "int8"):
+    for column in columns:
         table.add_column(column, overflow="fold")
-    table.add_column("|Δp|", justify="right")
-    for one in found.worst:
-        delta = "NaN" if one.delta is None else f"{one.delta:.3f}"
-        table.add_row(*(Text(_visible(text or "")) for text in (one.key, one.fp32, one.int8)), delta)
+    table.add_column("|Δ|", justify="right")
+    for *texts, delta in rows:
+        table.add_row(*(Text(_visible(text or "")) for text in texts), "NaN" if delta is None else f"{delta:.3f}")
     return table
 
 

@@ -206,7 +206,9 @@ class CardEvidence(_Strict):
     of: str = field(metadata=_said("Digest of the model in fp32."))
     source: str = field(metadata=_said("Where the objects are from."))
     runtime: str = field(metadata=_said("The library that executed both networks."))
-    objects: int = field(metadata=_said("How many were predicted; none of them was calibrated with."))
+    objects: int = field(
+        metadata=_said("How many were compared: what fp32 answers with numbers, less what was calibrated with.")
+    )
     measure: Literal["top-1", "cosine", "relative error"] = field(metadata=_said("What `agreement` is."))
     agreement: Part = field(metadata=_said("Part of objects with the same best class; or the mean similarity."))
     interval: tuple[Part, Part] | None = field(default=None, metadata=_said("The 95 % interval of `agreement`."))

@@ -199,6 +199,8 @@ def _check_output(card: ModelCard, labels: tuple[str, ...] | None, output: Tenso
         return
     if card.output.activation == "softmax" and output.op == "Softmax":
         raise ModelError(f"the output {output} comes out of a Softmax already", "set `output.activation: none`")
+    if card.output.activation == "softmax" and shape[1] == 1:
+        raise ModelError(f"a softmax of the one number of {output} is always 1", "set `output.activation: sigmoid`")
     counts = {"`classes` says": card.classes, "`labels` has": None if labels is None else len(labels)}
     for what, count in counts.items():
         if count is not None and isinstance(shape[1], int) and count != shape[1]:

@@ -3,9 +3,9 @@
     x ─► Q ─► DQ ─► Conv ─► Relu ─► Q ─► DQ ─► Conv ─► … ─► Gemm ─► logits
                      ▲ DQ ◄─ weights in 7 bits, per channel
 
-Weights have 7 of their 8 bits. A processor without VNNI adds two products of 8 bits in 16, where they saturate: there
-EfficientNet-Lite0 with 8 bits agrees with fp32 less than with 7, in both runtimes, and answers otherwise than on a
-processor that has it. Evidence must hold on the next machine, too, and 7 bits never saturate.
+Weights have 7 of their 8 bits. A processor without VNNI adds two products of 8 bits in 16, where they saturate: with 8
+bits, a network would answer otherwise there than on a processor that has it. Evidence must hold on the next machine,
+too, and 7 bits never saturate.
 
 What is quantized are inputs, and not outputs: a network's own output stays float, and there is no rounding between a
 convolution and its activation. A node is then kept in float by giving it its float inputs again: everything is
