@@ -315,6 +315,15 @@ def test_a_shape_that_nothing_tells_is_an_error(tmp_path: Path) -> None:
     assert "shape=(0, 3, 224, 224)" in caught.value.hint
 
 
+@pytest.mark.parametrize("text", ["{[]: 0}", "(0, 3", "[" * 5000, "(0, 3.5)", "(0, -1)", "x", "\0"])
+def test_a_shape_that_is_none_tells_nothing(text: str, tmp_path: Path) -> None:
+    nodes = [node("null", "data", __shape__=text), node("null", "w"), CONVOLUTION]
+    inspection = inspect_model(
+        str(write_network(tmp_path, nodes, {"w": (2, 3, 5, 5)})), NO_STORE, CardOptions(task="raw"), None
+    )
+    assert inspection.network.inputs[0].shape == ("batch", 3, 224, 224)
+
+
 RESNET = symbol_of(node("null", "data"), node("BatchNorm", "bn_data", [0]))
 GLUON = symbol_of(node("null", "data"), node("Activation", "resnetv10_relu0_fwd", [0]))
 GLUON_INCEPTION = symbol_of(node("null", "data"), node("Activation", "inception30_relu0_fwd", [0]))
