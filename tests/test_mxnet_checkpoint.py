@@ -159,9 +159,12 @@ def test_what_is_missing_is_told(
 
 
 def test_an_operator_that_is_not_known_is_told_once(tmp_path: Path) -> None:
-    path = write_network(tmp_path, [node("null", "data"), node("Mystery", "what", [0])], {})
-    with pytest.raises(ModelError, match=r"net-symbol\.json"):
+    nodes = [node("null", "data", __shape__="(0, 3)"), node("Mystery", "what", [0])]
+    path = write_network(tmp_path, nodes, {})
+    message = r"net-symbol\.json: node `what` \(Mystery\): this operator has no translation"
+    with pytest.raises(ModelError, match=message) as caught:
         opened(path)
+    assert "ask for it where infermill is from, with the symbol file" in caught.value.hint
 
 
 # --- the translation

@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,31 @@ def test_what_cannot_be_translated_is_told(symbol: Symbol, message: str) -> None
     with pytest.raises(ModelError, match=re.escape(message)) as caught:
         translate(symbol, params, (3, 4, 4), "network")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("symbol", "message"),
+    [
+        (chain(("Custom", {}, ())), "node `custom` (Custom): this operator has no translation to ONNX"),
+        (chain(("argmax", {}, ())), "node `argmax` (argmax) cannot be translated to ONNX: it has no axis"),
+        (
+            replace(chain(("Flatten", {}, ())), heads=((1, 3),)),
+            "output 3 of node `flatten` (Flatten) has no translation",
+        ),
+    ],
+)
+def test_what_has_no_translation_may_be_asked_for(symbol: Symbol, message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        translate(symbol, parameters(), (3, 4, 4), "network")
+    assert caught.value.hint.startswith("save the network from MXNet without it, or ask for it where infermill is from")
+
+
+def test_a_network_that_no_onnx_file_can_hold_is_told() -> None:
+    symbol = chain(("FullyConnected", {"num_hidden": "1", "no_bias": "True"}, ("weight",)))
+    huge = np.broadcast_to(np.float32(0), (1, 1 << 29))
+    with pytest.raises(ModelError, match="network has more than 2 GiB of parameters") as caught:
+        translate(symbol, Params({"fullyconnected_weight": huge}, {}), (1 << 29,), "network")
+    assert "take a smaller one" in caught.value.hint
 
 
 def test_weights_of_another_shape_are_told() -> None:
