@@ -341,6 +341,11 @@ CONVOLUTION = {"kernel": "(3, 3)", "num_filter": "2", "no_bias": "True"}
             chain(("Convolution", CONVOLUTION, ())),
             "node `convolution` (Convolution) has 1 inputs, where input 2 is needed",
         ),
+        *(
+            (chain((op, CONVOLUTION | {name: text}, ("filter",))), f"its `{name}` is {text}")
+            for op in ("Convolution", "Deconvolution")
+            for name, text in (("stride", "(0, 1)"), ("dilate", "(1, 0)"), ("pad", "(-1, 0)"))
+        ),
         (chain(("Convolution", CONVOLUTION, ("weight",))), "no array `convolution_weight`, which the symbol needs"),
         (chain(("broadcast_add", {}, ("other",))), "does not fit its inputs"),
         (chain(("slice", {"begin": "(0)", "end": "(1, 2)"}, ())), "1 beginnings, 2 ends and 1 steps"),
@@ -350,7 +355,11 @@ CONVOLUTION = {"kernel": "(3, 3)", "num_filter": "2", "no_bias": "True"}
     ],
 )
 def test_what_cannot_be_translated_is_told(symbol: Symbol, message: str) -> None:
-    params = parameters(broadcast_add_other=np.zeros((1, 5, 4, 4)))
+    params = parameters(
+        broadcast_add_other=np.zeros((1, 5, 4, 4)),
+        convolution_filter=np.zeros((2, 3, 3, 3)),
+        deconvolution_filter=np.zeros((3, 2, 3, 3)),
+    )
     with pytest.raises(ModelError, match=re.escape(message)) as caught:
         translate(symbol, params, (3, 4, 4), "network")
     assert caught.value.hint
