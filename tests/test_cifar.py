@@ -34,6 +34,7 @@ from tests.shards import (
     tiny_card,
     write_cifar10,
     write_cifar10_binary,
+    write_compressed,
 )
 
 PER_BATCH = 7
@@ -112,6 +113,29 @@ def test_cifar_100_has_its_fine_labels(tmp_path: Path) -> None:
         assert [ref.label for ref in refs] == labels
         found = pixels_of(f"cifar100:{tmp_path}?split={split}")
         assert np.array_equal(found["0002"], as_picture(images[2]))
+
+
+def test_archives_of_cifar_100(tmp_path: Path) -> None:
+    batches_of = {name: cifar_images(4, seed) for seed, name in enumerate(("train", "test"))}
+    python, binary = {}, {}
+    for name, (images, labels) in batches_of.items():
+        found = {b"data": images, b"fine_labels": labels, b"coarse_labels": [9] * 4}
+        python[f"cifar-100-python/{name}"] = pickle.dumps(found, protocol=2)
+        rows = [bytes([9, label]) + image.tobytes() for label, image in zip(labels, images, strict=True)]
+        binary[f"cifar-100-binary/{name}.bin"] = b"".join(rows)
+    meta = {b"fine_label_names": [b"apple", b"bee"], b"coarse_label_names": [b"fruit"]}
+    python["cifar-100-python/meta"] = pickle.dumps(meta, protocol=2)
+    binary["cifar-100-binary/coarse_label_names.txt"] = b"fruit\n"
+    binary["cifar-100-binary/fine_label_names.txt"] = b"apple\nbee\n"
+    for kind, files in (("python", python), ("binary", binary)):
+        path = write_compressed(tmp_path / f"cifar-100-{kind}.tar.gz", files)
+        _, refs = listed(f"cifar100:{path}")
+        assert [ref.label for ref in refs] == batches_of["train"][1] + batches_of["test"][1]
+        found = pixels_of(f"cifar100:{path}?split=test")
+        assert list(found) == [f"test/{row:04d}" for row in range(4)]
+        assert np.array_equal(found["test/0003"], as_picture(batches_of["test"][0][3]))
+        with path.open("rb") as file:
+            assert class_names(file, "cifar100") == ["apple", "bee"]
 
 
 def test_archives_and_batches_in_a_bucket(bucket: Bucket, archive: Path) -> None:
