@@ -119,8 +119,8 @@ def test_archives_of_cifar_100(tmp_path: Path) -> None:
     batches_of = {name: cifar_images(4, seed) for seed, name in enumerate(("train", "test"))}
     python, binary = {}, {}
     for name, (images, labels) in batches_of.items():
-        found = {b"data": images, b"fine_labels": labels, b"coarse_labels": [9] * 4}
-        python[f"cifar-100-python/{name}"] = pickle.dumps(found, protocol=2)
+        content = {b"data": images, b"fine_labels": labels, b"coarse_labels": [9] * 4}
+        python[f"cifar-100-python/{name}"] = pickle.dumps(content, protocol=2)
         rows = [bytes([9, label]) + image.tobytes() for label, image in zip(labels, images, strict=True)]
         binary[f"cifar-100-binary/{name}.bin"] = b"".join(rows)
     meta = {b"fine_label_names": [b"apple", b"bee"], b"coarse_label_names": [b"fruit"]}
