@@ -300,6 +300,11 @@ def _written(
         return [(net.node("Concat", classes, column, boxes, axis=2, name="detections"), ["N", 4, 6])]
     if box_format == "yolov10":
         return [(net.node("Concat", boxes, column, classes, axis=2, name="output0"), ["N", 4, 6])]
+    if box_format == "boxes-scores":
+        others = net.node("Sub", _constant(net, 1), classes)
+        net.node("Identity", boxes, name="boxes")
+        net.node("Mul", column, net.node("Concat", others, classes, axis=2), name="scores")
+        return [("boxes", ["N", 4, 4]), ("scores", ["N", 4, 2])]
     to_centre = np.array([[0.5, 0, -1, 0], [0, 0.5, 0, -1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
     boxes = net.node("MatMul", boxes, _constant(net, to_centre))
     one_hot = net.node("Concat", net.node("Sub", _constant(net, 1), classes), classes, axis=2)

@@ -98,7 +98,7 @@ def write_cifar10(path: Path, per_batch: int) -> Path:
     files = {f"{folder}/batches.meta": pickle.dumps({b"label_names": [name.encode() for name in CIFAR10_NAMES]}, 2)}
     for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
         files[f"{folder}/{name}"] = cifar10_batch(*cifar_images(per_batch, number))
-    return _write_compressed(path, files)
+    return write_compressed(path, files)
 
 
 def write_cifar10_binary(path: Path, per_batch: int) -> Path:
@@ -107,10 +107,11 @@ def write_cifar10_binary(path: Path, per_batch: int) -> Path:
     files = {f"{folder}/batches.meta.txt": "".join(f"{name}\n" for name in CIFAR10_NAMES).encode()}
     for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
         files[f"{folder}/{name}.bin"] = cifar10_binary(*cifar_images(per_batch, number))
-    return _write_compressed(path, files)
+    return write_compressed(path, files)
 
 
-def _write_compressed(path: Path, files: Mapping[str, bytes]) -> Path:
+def write_compressed(path: Path, files: Mapping[str, bytes]) -> Path:
+    """A `.tar.gz` of these files."""
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)

@@ -184,6 +184,10 @@ def test_the_digest_covers_each_field_that_predictions_depend_on(
         ({}, "40ab3674a69adb48af305ca4975e35551736de69e987b3c344f7e15cbe1089dc"),
         ({"precision": "fp32"}, "40ab3674a69adb48af305ca4975e35551736de69e987b3c344f7e15cbe1089dc"),
         (
+            {"task": "detection", "output": {"format": "yolov8"}},
+            "9f08fa0f805baacf90368f1ce81c34c02f362fd78961142a5dee08dd50034a99",
+        ),
+        (
             {**yaml.safe_load(EXAMPLE), "labels": ["a", "b"]},
             "81fdb95f362a932f05e8ec0ec19360916330fb83616bd4b615fc08f83fef677c",
         ),
@@ -203,6 +207,7 @@ def test_the_digest_of_a_card_stays_what_it_was(
         {"names": {"boxes": "b"}},
         {"coordinates": "pixels"},
         {"corners": "yxyx"},
+        {"background": 0},
         {"score_threshold": 0.5},
         {"iou_threshold": 0.5},
         {"max_detections": 5},

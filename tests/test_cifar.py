@@ -5,6 +5,7 @@ import io
 import pickle
 import struct
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.shards import (
     tiny_card,
     write_cifar10,
     write_cifar10_binary,
+    write_compressed,
 )
 
 PER_BATCH = 7
@@ -113,6 +115,29 @@ def test_cifar_100_has_its_fine_labels(tmp_path: Path) -> None:
         assert np.array_equal(found["0002"], as_picture(images[2]))
 
 
+def test_archives_of_cifar_100(tmp_path: Path) -> None:
+    batches_of = {name: cifar_images(4, seed) for seed, name in enumerate(("train", "test"))}
+    python, binary = {}, {}
+    for name, (images, labels) in batches_of.items():
+        content = {b"data": images, b"fine_labels": labels, b"coarse_labels": [9] * 4}
+        python[f"cifar-100-python/{name}"] = pickle.dumps(content, protocol=2)
+        rows = [bytes([9, label]) + image.tobytes() for label, image in zip(labels, images, strict=True)]
+        binary[f"cifar-100-binary/{name}.bin"] = b"".join(rows)
+    meta = {b"fine_label_names": [b"apple", b"bee"], b"coarse_label_names": [b"fruit"]}
+    python["cifar-100-python/meta"] = pickle.dumps(meta, protocol=2)
+    binary["cifar-100-binary/coarse_label_names.txt"] = b"fruit\n"
+    binary["cifar-100-binary/fine_label_names.txt"] = b"apple\nbee\n"
+    for kind, files in (("python", python), ("binary", binary)):
+        path = write_compressed(tmp_path / f"cifar-100-{kind}.tar.gz", files)
+        _, refs = listed(f"cifar100:{path}")
+        assert [ref.label for ref in refs] == batches_of["train"][1] + batches_of["test"][1]
+        found = pixels_of(f"cifar100:{path}?split=test")
+        assert list(found) == [f"test/{row:04d}" for row in range(4)]
+        assert np.array_equal(found["test/0003"], as_picture(batches_of["test"][0][3]))
+        with path.open("rb") as file:
+            assert class_names(file, "cifar100") == ["apple", "bee"]
+
+
 def test_archives_and_batches_in_a_bucket(bucket: Bucket, archive: Path) -> None:
     images, labels = cifar_images(PER_BATCH, 5)
     bucket.put("data/cifar-10-python.tar.gz", archive.read_bytes())
@@ -178,14 +203,67 @@ def test_pickles_of_something_else_are_refused(value: Any) -> None:
         list(batches(io.BytesIO(pickle.dumps(value)), "test_batch", "cifar10"))
 
 
-def test_a_pickle_cannot_ask_for_more_memory_than_it_fills() -> None:
-    for content in (
-        b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b".",  # a place far away in the memo
-        b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.",
-        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nJ\xff\xff\xff\x7fU\x01btR.",
-    ):
-        with pytest.raises(DamagedError):
-            list(batches(io.BytesIO(content), "test_batch", "cifar10"))
+def array_pickle(type_: bytes, length: int, content: bytes) -> bytes:
+    """An array as NumPy pickles it, less what begins a pickle."""
+    start = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01J"
+    return (
+        start + struct.pack("<i", length) + b"\x85cnumpy\ndtype\n(U\x02" + type_ + b"K\x00K\x01tR\x89" + content + b"tb"
+    )
+
+
+NO_IMAGES = array_pickle(b"u1", 0, b"U\x00")
+# np.ndarray((20,000, 3072), np.dtype("u1")), called by the pickle.
+CALLED = b"cnumpy\nndarray\n((J" + struct.pack("<i", 20_000) + b"J" + struct.pack("<i", 3_072) + b"t"
+CALLED += b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tRtR"
+LISTS = b"](K\x00K\x00e" + b"".join(b"q%c](h%ch%ce" % (n, n, n) for n in range(1, 30))
+ENCODED = b"c_codecs\nencode\nq\x01X" + struct.pack("<I", 9_000) + b"x" * 9_000 + b"U\x06latin1\x86q\x02"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"Nr" + struct.pack("<I", 2**32 - 1) + b".",  # a place far away in the memo
+        b"\x8e" + struct.pack("<Q", 2**62) + b"x.",
+        b"\x96" + struct.pack("<Q", 1 << 28) + b"x.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nJ\xff\xff\xff\x7fU\x01btR.",
+        CALLED + b".",
+        b"}(U\x04data" + CALLED + b"U\x06labels]u.",
+        b"cnumpy\nndarray\n)\x81.",
+        array_pickle(b"O8", 10_000_000, b"]") + b".",
+        array_pickle(b"u1", 10_000_000, b"U\x01x") + b".",
+        b"}(U\x04data" + NO_IMAGES + b"U\x06labels" + LISTS + b"u.",
+        b"}(U\x04data" + NO_IMAGES + b"U\x06labels](" + ENCODED + b"h\x01h\x02R" * 1_000 + b"eu.",
+        b"})" + b"\x85" * 200_000 + b"K\x01s.",  # a key at whose hash Python dies
+        b"(" + b")" + b"\x85" * 200_000 + b"K\x01d.",
+        b"\x8f()" + b"\x85" * 200_000 + b"\x90.",
+        b"()" + b"\x85" * 200_000 + b"\x91.",
+    ],
+)
+def test_a_pickle_cannot_ask_for_more_memory_than_it_fills(content: bytes) -> None:
+    tracemalloc.start()
+    with pytest.raises(DamagedError):
+        list(batches(io.BytesIO(b"\x80\x05" + content), "test_batch", "cifar10"))
+    assert tracemalloc.get_traced_memory()[1] < (1 << 20) + 200 * len(content)
+    tracemalloc.stop()
+
+
+def test_a_pickle_of_many_small_things_is_refused() -> None:
+    with pytest.raises(DamagedError, match="more objects than a file of CIFAR"):
+        list(batches(io.BytesIO(b"\x80\x02" + b"N0" * 1_000_001), "test_batch", "cifar10"))
+
+
+def test_names_of_classes_are_texts() -> None:
+    meta = io.BytesIO()
+    with tarfile.open(fileobj=meta, mode="w") as packed:
+        member, content = (
+            tarfile.TarInfo("cifar-10-batches-py/batches.meta"),
+            pickle.dumps({b"label_names": [[b"cat"]]}),
+        )
+        member.size = len(content)
+        packed.addfile(member, io.BytesIO(content))
+    meta.seek(0)
+    with pytest.raises(DamagedError, match="no text where one is wanted"):
+        class_names(meta, "cifar10")
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:

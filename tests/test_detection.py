@@ -255,6 +255,34 @@ def test_suppression_is_that_of_the_onnx_operator(seed: int, count: int, classes
     assert suppress(boxes, kinds, threshold, count) == sorted(expected)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 4), st.sampled_from([0.1, 0.45, 0.9]))
+def test_boxes_and_scores_of_ssd_are_suppressed_as_by_the_onnx_operator(
+    seed: int, count: int, classes: int, threshold: float
+) -> None:
+    random = np.random.default_rng(seed)
+    corners = random.integers(0, 9, (count, 2, 2)) / 8  # exact, and so overlaps of exactly a threshold are, too
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
+    scores = random.permutation(count * classes).reshape(count, classes).astype(np.float32) / (count * classes)
+    output = Output(
+        format="boxes-scores", coordinates="normalized", corners="yxyx", background=1,
+        score_threshold=0.3, iou_threshold=threshold,
+    )  # fmt: skip
+    detector = Detector(output, ("scores", "boxes"), (50, 200))
+    candidates = detector.candidates([scores, boxes[:, [1, 0, 3, 2]]])
+    assert candidates is not None
+    found = candidates.only(detector.best(candidates))
+    things = np.where(np.arange(classes) == 1, 0, scores)
+    kinds, best = things.argmax(axis=1), things.max(axis=1)
+    expected = []
+    for kind in {*range(classes)} - {1}:
+        members = np.flatnonzero((kinds == kind) & (best > 0.3))
+        kept = _nms_by_onnx(boxes[members], best[None, members], threshold) if len(members) else []
+        expected += [(best[i], kind, *(boxes[i] * np.array([200, 50, 200, 50], np.float32))) for i in members[kept]]
+    told = [(score, kind, *box) for box, score, kind in zip(*found, strict=True)]
+    assert told == sorted(expected, key=lambda one: -one[0])
+
+
 def test_equal_scores_keep_the_order_of_the_network(tmp_path: Path) -> None:
     picture = scene((64, 64), (8, 8, 16, 16), None)
     ImageDraw.Draw(picture).rectangle((40, 40, 49, 49), fill=(0, 250, 0))
@@ -361,6 +389,8 @@ def network(*outputs: tuple[str, tuple[Any, ...] | None] | tuple[str, tuple[Any,
 
 PARTS = (("boxes", ("N", 100, 4)), ("labels", ("N", 100), "int64"), ("scores", ("N", 100)))
 
+SCORED = (("boxes", ("N", 8732, 4)), ("scores", ("N", 8732, 21)))
+
 
 @pytest.mark.parametrize(
     ("info", "output", "message", "hint"),
@@ -387,6 +417,19 @@ PARTS = (("boxes", ("N", 100, 4)), ("labels", ("N", 100), "int64"), ("scores", (
             "each image",
         ),
         (
+            network(PARTS[0], PARTS[2]),
+            {"format": "boxes-scores"},
+            "`scores` (float32 [N, 100]) holds no scores of classes: that is [N, boxes, classes]",
+            "output.names.scores",
+        ),
+        (
+            network(*SCORED),
+            {"format": "boxes-scores", "background": 21},
+            "`output.background` is 21, and the output `scores` (float32 [N, 8732, 21]) has 21 classes",
+            "remove it",
+        ),
+        (network(SCORED[0]), {"format": "boxes-scores"}, "no output `scores`", "output.names.scores` to one"),
+        (
             network(*PARTS[:2], ("scores", ("N", 100), "int64")),
             {"format": "boxes-labels-scores"},
             "`scores` (int64 [N, 100]) holds no scores",
@@ -410,9 +453,13 @@ def test_a_card_that_does_not_fit_is_told_where(
 
 def test_labels_must_be_those_of_the_network_and_images_must_be_there() -> None:
     fields = {"name": "d", "files": {"onnx": "d.onnx"}, "task": "detection", "output": {"format": "yolov8"}}
-    card = parse_card(fields | {"preprocess": {"resize": {"letterbox": [640, 640]}}}, "test")
+    letterboxed = fields | {"preprocess": {"resize": {"letterbox": [640, 640]}}}
+    card = parse_card(letterboxed, "test")
     with pytest.raises(ModelError, match=r"`labels` has 2, and the output `y` .* has 80 classes"):
         check_network(card, ("a", "b"), network(("y", ("N", 84, 8400))))
+    scored = parse_card(letterboxed | {"output": {"format": "boxes-scores"}}, "test")
+    with pytest.raises(ModelError, match=r"`labels` has 2, and the output `scores` .* has 21 classes"):
+        check_network(scored, ("a", "b"), network(*SCORED))
     with pytest.raises(ModelError, match="has `preprocess: null`, and detection finds boxes in images"):
         check_network(parse_card(fields | {"preprocess": None}, "test"), None, network(("y", ("N", 84, 8400))))
 
@@ -424,12 +471,17 @@ def test_labels_must_be_those_of_the_network_and_images_must_be_there() -> None:
         ("yolov5", [(1, 6, 5)], r"the format yolov5 is \[N, boxes, 5 \+ classes\]"),
         ("boxes-labels-scores", [(1, 6, 5), (1, 6), (1, 6)], r"answers boxes \[1, 6, 5\], labels \[1, 6\], scores"),
         ("boxes-labels-scores", [(1, 6, 4), (1, 6), (1, 6, 80)], r"\[1, 6, 80\], where .* and \[N, boxes\] are wanted"),
+        ("boxes-scores", [(1, 6, 4), (1, 6)], r"answers boxes \[1, 6, 4\], scores \[1, 6\], where \[N, boxes, 4\] and"),
+        ("boxes-scores", [(1, 6, 4), (1, 7, 2)], r"scores \[1, 7, 2\]"),
+        ("boxes-scores", [(1, 6, 5), (1, 6, 2)], r"boxes \[1, 6, 5\]"),
+        ("boxes-scores", [(1, 6, 4), (1, 6, 0)], r"scores \[1, 6, 0\]"),
     ],
 )
 def test_a_shape_that_shows_when_the_network_runs_is_checked_then(
     box_format: DetectionFormat, shapes: list[tuple[int, ...]], message: str
 ) -> None:
-    detector = Detector(Output(format=box_format), ("boxes", "labels", "scores")[: len(shapes)], (64, 64))
+    names = ("boxes", "scores") if box_format == "boxes-scores" else ("boxes", "labels", "scores")[: len(shapes)]
+    detector = Detector(Output(format=box_format), names, (64, 64))
     with pytest.raises(ModelError, match=message):
         detector.check([np.zeros(shape, np.float32) for shape in shapes])
 
@@ -439,9 +491,13 @@ def test_numbers_of_any_size_are_no_error(box_format: DetectionFormat) -> None:
     """Whatever a network that is damaged answers, but for NaN and infinity, is boxes within the image."""
     random = np.random.default_rng(1)
     huge = (random.normal(size=(1, 40, 6)) * 10.0 ** random.integers(-38, 38, (1, 40, 6))).astype(np.float32)
-    arrays = [huge] if box_format != "boxes-labels-scores" else [huge[..., :4], huge[..., 4], huge[..., 5]]
+    apart = {
+        "boxes-labels-scores": [huge[..., :4], huge[..., 4], huge[..., 5]],
+        "boxes-scores": [huge[..., :4], huge[..., 4:]],
+    }
+    arrays = apart.get(box_format, [huge])
     arrays = [huge.swapaxes(1, 2)] if box_format == "yolov8" else arrays
-    names = ("boxes", "labels", "scores")[: len(arrays)]
+    names = ("boxes", "scores") if box_format == "boxes-scores" else ("boxes", "labels", "scores")[: len(arrays)]
     detector = Detector(Output(format=box_format, score_threshold=0), names, (64, 64))
     candidates = detector.candidates([array[0] for array in arrays])
     assert candidates is not None
@@ -485,6 +541,18 @@ def test_numbers_of_any_size_are_no_error(box_format: DetectionFormat) -> None:
                 "corners": "yxyx",
             },
         ),
+        (
+            network(*reversed(SCORED)),
+            {
+                "format": "boxes-scores",
+                "names": {"boxes": "boxes", "scores": "scores"},
+                "coordinates": "normalized",
+                "background": 0,
+            },
+        ),
+        (network(SCORED[0], ("scores", ("N", 100, 21))), None),
+        (network(SCORED[0], ("scores", ("N", 8732))), None),
+        (network(("logits", ("N", 100, 92)), ("pred_boxes", ("N", 100, 4))), None),
         (network(("hidden", ("N", 197, 768))), None),
         (network(("hidden", ("N", 768, 400))), None),
         (network(("boxes", ("N", 5, 4)), ("kind", ("N",), "int64")), None),
@@ -501,6 +569,7 @@ def test_a_format_is_told_by_its_outputs(info: NetworkInfo, expected: dict[str, 
         ("mxnet-ssd", "tests", Resize(exact=(64, 64)), (1, (123, 117, 104))),
         ("yolov10", "pytorch", Resize(letterbox=(64, 64)), (1 / 255, (0, 0, 0))),
         ("boxes-labels-scores", "tests", Resize(exact=(64, 64)), (1 / 255, (0, 0, 0))),
+        ("boxes-scores", "tests", Resize(exact=(64, 64)), (1 / 255, (0, 0, 0))),
     ],
 )
 def test_a_bare_network_gets_a_card(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
 
 import infermill
@@ -159,9 +160,12 @@ def test_what_is_missing_is_told(
 
 
 def test_an_operator_that_is_not_known_is_told_once(tmp_path: Path) -> None:
-    path = write_network(tmp_path, [node("null", "data"), node("Mystery", "what", [0])], {})
-    with pytest.raises(ModelError, match=r"net-symbol\.json"):
+    nodes = [node("null", "data", __shape__="(0, 3)"), node("Mystery", "what", [0])]
+    path = write_network(tmp_path, nodes, {})
+    message = r"net-symbol\.json: node `what` \(Mystery\): this operator has no translation"
+    with pytest.raises(ModelError, match=message) as caught:
         opened(path)
+    assert "ask for it where infermill is from, with the symbol file" in caught.value.hint
 
 
 # --- the translation
@@ -228,6 +232,64 @@ def test_pictures_are_predicted(runtime: Any, prefix: Path) -> None:
     for row in predict(list(pictures(4, 64))):
         assert row.top is not None
         assert sum(one.score for one in row.top) == pytest.approx(1), "the network ends in its own softmax"
+
+
+def write_ssd(folder: Path) -> Path:
+    """An SSD of 8x8 anchors that do not overlap: class 0 is where it is red, and class 1 where it is green."""
+    nodes = [
+        node("null", "data"),
+        node("null", "conv_weight"),
+        node("Convolution", "conv", [0, 1], kernel="(64, 64)", stride="(64, 64)", num_filter="2", no_bias="True"),
+        node("null", "cls_weight"),
+        node("Convolution", "cls", [2, 3], kernel="(1, 1)", num_filter="3", no_bias="True"),
+        node("Reshape", "cls_reshape", [4], shape="(0, 0, -1)"),
+        node("SoftmaxActivation", "cls_prob", [5], mode="channel"),
+        node("null", "loc_weight"),
+        node("Convolution", "loc", [2, 7], kernel="(1, 1)", num_filter="4", no_bias="True"),
+        node("Flatten", "loc_pred", [8]),
+        node("_contrib_MultiBoxPrior", "anchors", [2], sizes="(0.125,)", ratios="(1,)"),
+        node("_contrib_MultiBoxDetection", "detection", [6, 9, 10], nms_threshold="0.45", nms_topk="400"),
+    ]
+    means = np.zeros((2, 3, 64, 64), np.float32)
+    means[0, 0] = means[1, 1] = 1 / 64**2
+    weights = {"conv": means, "cls": [[0, 0], [1, 0], [0, 1]], "loc": np.zeros((4, 2))}
+    shapes = {"conv": (2, 3, 64, 64), "cls": (3, 2, 1, 1), "loc": (4, 2, 1, 1)}
+    write_params(
+        folder / "ssd-0000.params",
+        {f"arg:{name}_weight": np.asarray(weights[name], np.float32).reshape(shapes[name]) for name in shapes},
+    )
+    (folder / "ssd-symbol.json").write_text(json.dumps(symbol_of(*nodes)))
+    return folder / "ssd"
+
+
+def test_an_ssd_is_a_detector(tmp_path: Path) -> None:
+    prefix = write_ssd(tmp_path)
+    model = opened(prefix)
+    assert (model.card.task, model.card.output.format) == ("detection", "mxnet-ssd")
+    preprocess = preprocess_of(model.card)
+    assert (preprocess.height_width, preprocess.mean, preprocess.scale) == ((512, 512), (123, 117, 104), 1)
+    picture = np.zeros((512, 1024, 3), np.uint8)
+    picture[64:128, 256:384, 0] = 255
+    picture[448:, 896:, 1] = 250
+    nothing, found = infermill.load_model(prefix)([np.zeros((300, 300, 3), np.uint8), picture])
+    assert nothing.detections == ()
+    assert found.detections is not None
+    told = [(one.index, one.box.xmin, one.box.ymin, one.box.xmax, one.box.ymax) for one in found.detections]
+    assert sorted(told) == [(0, 256, 64, 384, 128), (1, 896, 448, 1024, 512)]
+    assert all(one.score > 0.99 for one in found.detections)
+
+
+def test_an_archive_is_planned_and_run(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path / "tiny.mar", archive_files())
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, picture in enumerate(pictures(3, 40)):
+        PIL.Image.fromarray(picture).save(photos / f"{number}.png")
+    assert infermill.estimate(photos, archive).objects == 3
+    summary = infermill.run(photos, archive, tmp_path / "out")
+    assert (summary.planned, summary.ok) == (3, 3)
+    labels = {one["label"] for row in infermill.read(tmp_path / "out")["top"].to_pylist() for one in row}
+    assert labels == {"tabby, tabby cat", "Labrador retriever", "tench, Tinca tinca"}
 
 
 def test_a_model_travels_as_its_checkpoint(prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,11 +377,31 @@ def test_a_shape_that_nothing_tells_is_an_error(tmp_path: Path) -> None:
     assert "shape=(0, 3, 224, 224)" in caught.value.hint
 
 
+@pytest.mark.parametrize("text", ["{[]: 0}", "(0, 3", "[" * 5000, "(0, 3.5)", "(0, -1)", "x", "\0"])
+def test_a_shape_that_is_none_tells_nothing(text: str, tmp_path: Path) -> None:
+    nodes = [node("null", "data", __shape__=text), node("null", "w"), CONVOLUTION]
+    inspection = inspect_model(
+        str(write_network(tmp_path, nodes, {"w": (2, 3, 5, 5)})), NO_STORE, CardOptions(task="raw"), None
+    )
+    assert inspection.network.inputs[0].shape == ("batch", 3, 224, 224)
+
+
 RESNET = symbol_of(node("null", "data"), node("BatchNorm", "bn_data", [0]))
 GLUON = symbol_of(node("null", "data"), node("Activation", "resnetv10_relu0_fwd", [0]))
 GLUON_INCEPTION = symbol_of(node("null", "data"), node("Activation", "inception30_relu0_fwd", [0]))
 INCEPTION = symbol_of(node("null", "data"), node("Concat", "mixed_10_chconcat", [0]))
+# No layer `bn_data`: that came with the second version.
+RESNET_V1 = symbol_of(node("null", "data"), node("Convolution", "conv0", [0]), node("BatchNorm", "bn0", [1]))
 SSD = symbol_of(node("null", "data"), node("_contrib_MultiBoxDetection", "detection", [0]))
+VGG = [node("null", "data"), node("Activation", "relu4_3", [0])]
+SSD_300, SSD_VGG_512 = (
+    symbol_of(
+        *VGG,
+        *(node("_contrib_MultiBoxPrior", f"anchors{number}", [1]) for number in range(priors)),
+        node("_contrib_MultiBoxDetection", "detection", [2]),
+    )
+    for priors in (6, 7)
+)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +412,9 @@ SSD = symbol_of(node("null", "data"), node("_contrib_MultiBoxDetection", "detect
         (GLUON_INCEPTION, 299, 1 / 255, (0.485, 0.456, 0.406)),
         (INCEPTION, 299, 1, (123.68, 116.779, 103.939)),
         (SSD, 512, 1, (123, 117, 104)),
+        (SSD_300, 300, 1, (123, 117, 104)),
+        (SSD_VGG_512, 512, 1, (123, 117, 104)),
+        (RESNET_V1, 224, 1, (123.68, 116.779, 103.939)),
         (classifier_symbol(), 224, 1, (123.68, 116.779, 103.939)),
     ],
 )

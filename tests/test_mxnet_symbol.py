@@ -132,6 +132,8 @@ def change_node(index: int, **fields: Any) -> Callable[[dict[str, Any]], None]:
         (change_node(2, subgraphs=[{}]), "runs a graph inside of this one"),
         (change_node(5, inputs=[[0, 0, 0]]), "is a variable, and has inputs"),
         (change_node(2, name="c" * 600), "node 2 has a name of 600 characters"),
+        (change_node(2, name="\ud800"), r"node 2 \('\\ud800'\) has a name that is no Unicode text"),
+        (change_node(2, op="\ud800"), r"node 2 \('conv0'\) has a name that is no Unicode text"),
         (change_node(2, inputs=[[0, 0, 0]] * 100_001), "its nodes have 100009 inputs"),
         (change_node(5, name="fc_bias"), "two variables are called 'fc_bias'"),
         (lambda data: data["nodes"].insert(0, 7), "node 0 is no object"),

@@ -6,7 +6,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from infermill.errors import ModelError
+from infermill.models.mxnet.families import family_of, input_shapes
 from infermill.models.mxnet.operators import OPERATORS
 from infermill.models.mxnet.params import Params, read_params
 from infermill.models.mxnet.symbol import Node, Symbol, read_symbol
 from infermill.models.mxnet.translate import translate
 from infermill.runtimes.openvino import core
+from tests.checkpoints import classifier_arrays, classifier_symbol, write_params
 
 # max |Δ| / max |MXNet's|, in fp32.
 TOLERANCE = 1e-4
@@ -366,6 +371,11 @@ CONVOLUTION = {"kernel": "(3, 3)", "num_filter": "2", "no_bias": "True"}
             chain(("Convolution", CONVOLUTION, ())),
             "node `convolution` (Convolution) has 1 inputs, where input 2 is needed",
         ),
+        *(
+            (chain((op, CONVOLUTION | {name: text}, ("filter",))), f"its `{name}` is {text}")
+            for op in ("Convolution", "Deconvolution")
+            for name, text in (("stride", "(0, 1)"), ("dilate", "(1, 0)"), ("pad", "(-1, 0)"))
+        ),
         (chain(("Convolution", CONVOLUTION, ("weight",))), "no array `convolution_weight`, which the symbol needs"),
         (chain(("broadcast_add", {}, ("other",))), "does not fit its inputs"),
         (chain(("slice", {"begin": "(0)", "end": "(1, 2)"}, ())), "1 beginnings, 2 ends and 1 steps"),
@@ -375,10 +385,77 @@ CONVOLUTION = {"kernel": "(3, 3)", "num_filter": "2", "no_bias": "True"}
     ],
 )
 def test_what_cannot_be_translated_is_told(symbol: Symbol, message: str) -> None:
-    params = parameters(broadcast_add_other=np.zeros((1, 5, 4, 4)))
+    params = parameters(
+        broadcast_add_other=np.zeros((1, 5, 4, 4)),
+        convolution_filter=np.zeros((2, 3, 3, 3)),
+        deconvolution_filter=np.zeros((3, 2, 3, 3)),
+    )
     with pytest.raises(ModelError, match=re.escape(message)) as caught:
         translate(symbol, params, (3, 4, 4), "network")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("symbol", "message"),
+    [
+        (chain(("Custom", {}, ())), "node `custom` (Custom): this operator has no translation to ONNX"),
+        (chain(("argmax", {}, ())), "node `argmax` (argmax) cannot be translated to ONNX: it has no axis"),
+        (
+            replace(chain(("Flatten", {}, ())), heads=((1, 3),)),
+            "output 3 of node `flatten` (Flatten) has no translation",
+        ),
+    ],
+)
+def test_what_has_no_translation_may_be_asked_for(symbol: Symbol, message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        translate(symbol, parameters(), (3, 4, 4), "network")
+    assert caught.value.hint.startswith("save the network from MXNet without it, or ask for it where infermill is from")
+
+
+WORDS = [
+    "0", "-1", "2", "(0, 0)", "(2, 2)", "(-1, -1)", "()", "(1, 99999999999)", "None", "True", "inf", "x", "{[]: 0}",
+]  # fmt: skip
+ATTRIBUTES = [
+    "kernel", "stride", "pad", "dilate", "num_filter", "num_group", "num_hidden", "axis", "shape", "pool_type", "k",
+    "global_pool", "begin", "end", "__shape__", "sizes", "ratios", "depth", "scale", "layout", "act_type",
+]  # fmt: skip
+DAMAGE = st.one_of(
+    st.tuples(st.just("op"), st.sampled_from(sorted(OPERATORS)) | st.text(max_size=3)),
+    st.tuples(st.just("name"), st.sampled_from(["data", "conv0", "", "\ud800", "\0"]) | st.text(max_size=3)),
+    st.tuples(st.just("inputs"), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2), st.just(0)), max_size=4)),
+    st.tuples(
+        st.just("attrs"),
+        st.dictionaries(
+            st.sampled_from(ATTRIBUTES),
+            st.sampled_from(WORDS) | st.text(max_size=4),
+            max_size=4,
+        ),
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 9), DAMAGE), min_size=1, max_size=3))
+@example([(0, ("attrs", {"__shape__": "{[]: 0}"}))])
+@example([(2, ("name", "\ud800"))])
+def test_a_damaged_symbol_is_translated_or_refused(tmp_path: Path, damages: list[tuple[int, tuple[str, Any]]]) -> None:
+    data = classifier_symbol()
+    for at, (field, value) in damages:
+        data["nodes"][at][field] = data["nodes"][at]["attrs"] | value if field == "attrs" else value
+    (tmp_path / "x-symbol.json").write_text(json.dumps(data))
+    params = read_params(write_params(tmp_path / "x-0000.params", classifier_arrays()))
+    with suppress(ModelError):
+        symbol = read_symbol(tmp_path / "x-symbol.json")
+        for shape in input_shapes(symbol, params, family_of(symbol), None)[:2]:
+            translate(symbol, params, shape, "network").SerializeToString()
+
+
+def test_a_network_that_no_onnx_file_can_hold_is_told() -> None:
+    symbol = chain(("FullyConnected", {"num_hidden": "1", "no_bias": "True"}, ("weight",)))
+    huge = np.broadcast_to(np.float32(0), (1, 1 << 29))
+    with pytest.raises(ModelError, match="network has more than 2 GiB of parameters") as caught:
+        translate(symbol, Params({"fullyconnected_weight": huge}, {}), (1 << 29,), "network")
+    assert "take a smaller one" in caught.value.hint
 
 
 def test_weights_of_another_shape_are_told() -> None:

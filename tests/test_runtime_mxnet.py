@@ -27,6 +27,7 @@ from infermill.models.model import Model
 from infermill.models.opening import open_model
 from infermill.runtimes import Predictor, load
 from infermill.runtimes.mxnet import find_python
+from infermill.session import spark_session
 from infermill.types import Options, RuntimeName, StoreOptions
 from tests.checkpoints import write_checkpoint
 from tests.mxnet_checkpoints import IMAGENET, checkpoint_model
@@ -365,6 +366,18 @@ def test_a_job_has_the_rows_of_the_other_runtimes(small_checkpoints: Path, mxnet
         if row["error"] is None:
             assert row["top"][0]["index"] == known["top"][0]["index"]
             assert row["top"][0]["score"] == pytest.approx(known["top"][0]["score"], abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_executors_of_spark_start_the_python_that_is_said(
+    small_checkpoints: Path, impostor: Callable[[str], str], photos: Path, tmp_path: Path, nowhere: pytest.MonkeyPatch
+) -> None:
+    python = impostor(f"import os\nopen({str(tmp_path / 'parent')!r}, 'a').write(f'{{os.getppid()}} ')")
+    with spark_session(Options(master="local[2]")) as session:
+        options = Options(runtime="mxnet", runtime_python=python)
+        summary = infermill.run(photos, small_checkpoints / "residual.yaml", tmp_path / "out", options, engine=session)
+    assert (summary.runtime, summary.ok, summary.failed) == ("mxnet", 12, 1)
+    assert str(os.getpid()) not in (tmp_path / "parent").read_text().split()
 
 
 @pytest.mark.slow

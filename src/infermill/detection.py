@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infermill.errors import ModelError
-from infermill.models.boxes import APART, NEEDED_SHAPES, fits
+from infermill.models.boxes import NEEDED_SHAPES, SCORED, SEVERAL, fits
 from infermill.models.card import Output
 from infermill.types import DetectionFormat
 
@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 # float32 holds every integer up to here, and no network has as many classes.
 _MAX_CLASS = 1 << 24
 _NORMALIZED: tuple[DetectionFormat, ...] = ("mxnet-ssd",)
-_OVERLAPPING: tuple[DetectionFormat, ...] = ("yolov5", "yolov8")
+_OVERLAPPING: tuple[DetectionFormat, ...] = ("yolov5", "yolov8", SCORED)
 
 
 class Candidates(NamedTuple):
@@ -51,7 +51,7 @@ class Detector:
     def check(self, arrays: Sequence[NDArray[Any]]) -> None:
         """Raise ModelError where the arrays of a batch are not what the card says: shapes may not be known before."""
         name = self._output.format
-        if name is not None and name != APART:
+        if name is not None and name not in SEVERAL:
             if not fits(name, arrays[0].shape):
                 raise ModelError(
                     f"the network answers {list(arrays[0].shape)} in `{self._names[0]}`, and the format {name} is "
@@ -60,19 +60,32 @@ class Detector:
                 )
             return
         parts = self._parts(arrays)
+        if name == SCORED:
+            self._check_scores(parts["boxes"].shape, parts["scores"].shape)
+            return
         counts = {part: parts[part].size for part in ("labels", "scores")}
         if parts["boxes"].ndim != 3 or parts["boxes"].shape[2] != 4 or {*counts.values()} != {parts["boxes"].size // 4}:
             shapes = ", ".join(f"{part} {list(array.shape)}" for part, array in parts.items())
             raise ModelError(
                 f"the network answers {shapes}, where [N, boxes, 4], [N, boxes] and [N, boxes] are wanted",
-                "name other outputs in `output.names`; overlapping boxes must be suppressed in the network",
+                f"name other outputs in `output.names`; scores of [N, boxes, classes] are the format {SCORED}",
+            )
+
+    def _check_scores(self, boxes: tuple[int, ...], scores: tuple[int, ...]) -> None:
+        if len(scores) != 3 or not scores[2] or boxes != (*scores[:2], 4):
+            raise ModelError(
+                f"the network answers boxes {list(boxes)}, scores {list(scores)}, where [N, boxes, 4] and "
+                "[N, boxes, classes] are wanted",
+                "name other outputs in `output.names`, or set another `output.format`",
             )
 
     def candidates(self, row: Sequence[NDArray[Any]]) -> Candidates | None:
         """What may be kept of the outputs of one image; None where they hold NaN or infinity."""
         with np.errstate(over="ignore"):  # a box may be as large as it likes: it is cut to the image
             name = self._output.format
-            if name is None or name == APART:
+            if name == SCORED:
+                candidates = self._scored(self._parts(row))
+            elif name is None or name in SEVERAL:
                 candidates = self._apart(self._parts(row))
             else:
                 values = row[0].astype(np.float32, copy=False)
@@ -90,7 +103,7 @@ class Detector:
 
     def _parts(self, arrays: Sequence[NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         by_name = dict(zip(self._names, arrays, strict=True))
-        return {part: by_name[name] for part, name in self._output.names.given.items()}
+        return {part: by_name[name] for part, name in self._output.parts.items()}
 
     def _apart(self, parts: Mapping[str, NDArray[Any]]) -> Candidates | None:
         count = parts["count"].ravel()[0] if "count" in parts else len(parts["boxes"])
@@ -101,9 +114,18 @@ class Detector:
         scores, labels = (parts[part].ravel().astype(np.float32)[taken] for part in ("scores", "labels"))
         if not all(np.isfinite(array).all() for array in (boxes, scores, labels)):
             return None
-        if self._output.corners == "yxyx":
-            boxes = boxes[:, [1, 0, 3, 2]]
-        return _above(self._output.score_threshold, boxes, scores, labels)
+        return _above(self._output.score_threshold, self._ordered(boxes), scores, labels)
+
+    def _scored(self, parts: Mapping[str, NDArray[Any]]) -> Candidates | None:
+        boxes, scores = (parts[part].astype(np.float32) for part in ("boxes", "scores"))
+        if not all(np.isfinite(array).all() for array in (boxes, scores)):
+            return None
+        if self._output.background is not None:
+            scores[:, self._output.background : self._output.background + 1] = 0  # which no threshold lets pass
+        return _of_best_class(self._ordered(boxes), scores, self._output.score_threshold)
+
+    def _ordered(self, boxes: Floats) -> Floats:
+        return boxes[:, [1, 0, 3, 2]] if self._output.corners == "yxyx" else boxes
 
 
 def suppress(boxes: Floats, classes: NDArray[np.int32], iou_threshold: float, max_count: int) -> list[int]:
@@ -164,6 +186,10 @@ def _centred(boxes: Floats, scores: Floats, threshold: float) -> Candidates:
     """Of boxes (x, y, width, height), each with scores for all classes."""
     half = boxes[:, 2:] / 2
     corners = np.concatenate([boxes[:, :2] - half, boxes[:, :2] + half], axis=1)
+    return _of_best_class(corners, scores, threshold)
+
+
+def _of_best_class(corners: Floats, scores: Floats, threshold: float) -> Candidates:
     best = scores.argmax(axis=1) if len(scores) else np.zeros(0, np.intp)
     return _above(threshold, corners, scores[np.arange(len(best)), best], best.astype(np.float32))
 

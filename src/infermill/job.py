@@ -74,7 +74,7 @@ def run(
     Args:
         source: a folder, file, glob, manifest, or an `s3://`, `gs://`, `az://` or `file://` URI; `-` for a
             manifest on standard input.
-        model: a model card, as a path, a URI or an object, or a bare `.onnx`.
+        model: a model card, as a path, a URI or an object, a bare `.onnx`, or an MXNet checkpoint.
         output: a folder or a URI, new or with the same job in it.
         options: how the job is run.
         card_options: what the model card does not say, or says otherwise.

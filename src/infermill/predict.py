@@ -82,7 +82,7 @@ def load_model(
     """Load a network, and return the function that predicts with it.
 
     Args:
-        model: a model card, as a path, a URI or an object, or a bare `.onnx`.
+        model: a model card, as a path, a URI or an object, a bare `.onnx`, or an MXNet checkpoint.
         options: runtime, decode profile, threads and how stores are reached.
         card_options: what the model card does not say, or says otherwise.
 

@@ -71,7 +71,7 @@ def predict(
 
     Args:
         df: a DataFrame of classic Spark or of Spark Connect.
-        model: a model card, as a path, a URI or an object, or a bare `.onnx`.
+        model: a model card, as a path, a URI or an object, a bare `.onnx`, or an MXNet checkpoint.
         input: the column to predict on. Binary: image files, as `spark.read.format("binaryFile")` reads them. String:
             paths or URIs that the executors fetch. Arrays or structs of numbers: rows of a network that takes tensors.
         output: the new column, which takes the place of one of this name. It is a struct: by task `top` (array of

@@ -23,7 +23,7 @@ FailureCode = Literal[
 RETRYABLE: tuple[FailureCode, ...] = ("missing", "unreadable", "store", "native_crash", "oom", "timeout")
 "Failures that may pass: predicting the same object once more can end otherwise."
 Task = Literal["classification", "embedding", "raw", "detection"]
-DetectionFormat = Literal["mxnet-ssd", "yolov5", "yolov8", "yolov10", "boxes-labels-scores"]
+DetectionFormat = Literal["mxnet-ssd", "yolov5", "yolov8", "yolov10", "boxes-labels-scores", "boxes-scores"]
 MAX_PIXELS = 178_956_970
 "Pillow's own limit, beyond which it calls an image a decompression bomb."
 RuntimeName = Literal["openvino", "onnxruntime", "mxnet"]

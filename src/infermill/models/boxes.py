@@ -5,8 +5,9 @@
     yolov5               [N, boxes, 5 + classes]   x, y, width, height in pixels of the input, objectness, scores
     yolov8               [N, 4 + classes, boxes]   x, y, width, height in pixels of the input, scores
     boxes-labels-scores  [N, boxes, 4], [N, boxes], [N, boxes] and, it may be, [N]: how many of the boxes count
+    boxes-scores         [N, boxes, 4], [N, boxes, classes]
 
-The first two and the last one have suppressed overlapping boxes themselves.
+The first two and boxes-labels-scores have suppressed overlapping boxes themselves.
 """
 
 import re
@@ -20,6 +21,9 @@ from infermill.types import DetectionFormat
 
 FORMATS: tuple[DetectionFormat, ...] = get_args(DetectionFormat)
 APART: DetectionFormat = "boxes-labels-scores"
+SCORED: DetectionFormat = "boxes-scores"
+SEVERAL = (APART, SCORED)
+"These have several outputs."
 NEEDED_SHAPES: dict[DetectionFormat, str] = {
     "mxnet-ssd": "[N, boxes, 6]",
     "yolov10": "[N, boxes, 6]",
@@ -34,6 +38,8 @@ _PARTS = {
 }
 # TensorFlow's object detection API writes more than the detections.
 _BY_THE_WAY = re.compile("raw|multiclass|anchor|encoding|feature", re.IGNORECASE)
+# The axis that has the classes, and how many numbers are before them.
+_OF_CLASSES: dict[DetectionFormat, tuple[int, int]] = {"yolov5": (2, 5), "yolov8": (1, 4), SCORED: (2, 0)}
 _STRIDES = (8, 16, 32, 64)
 # The dim of the boxes, and how many of them each cell has.
 _GRIDS: tuple[tuple[DetectionFormat, int, int], ...] = (("yolov5", 1, 3), ("yolov8", 2, 1))
@@ -66,12 +72,18 @@ def check_boxes(
         told = _told_by_shape(outputs[0], size)
         hint = f"set it to {told}" if told else f"set it to one of: {', '.join(FORMATS)}; see docs/detection.md"
         raise ModelError("the task detection needs `output.format`", hint)
-    if name == APART:
+    if name in SEVERAL:
         _check_parts(card, outputs)
+    else:
+        _check_shape(name, outputs[0], size)
+    if name == APART:
         return
-    (output,) = outputs
-    _check_shape(name, output, size)
+    output = next(one for one in outputs if name != SCORED or one.name == card.output.names.scores)
     classes = _classes(name, output.shape)
+    background = card.output.background
+    if background is not None and classes is not None and background >= classes:
+        hint = "set it to the number of the class that is nothing, or remove it"
+        raise ModelError(f"`output.background` is {background}, and the output {output} has {classes} classes", hint)
     counts = {"`classes` says": card.classes, "`labels` has": None if labels is None else len(labels)}
     for what, count in counts.items():
         if count is not None and classes is not None and count != classes:
@@ -99,6 +111,9 @@ def _check_parts(card: ModelCard, outputs: Sequence[TensorInfo]) -> None:
         if output.name == names.scores and output.dtype not in FLOAT_DTYPES:
             hint = "name another output in `output.names.scores`"
             raise ModelError(f"the output {output} holds no scores: that is [N, boxes] of floating-point numbers", hint)
+        if output.name == names.scores and card.output.format == SCORED and shape is not None and len(shape) != 3:
+            hint = f"name another output in `output.names.scores`, or set `output.format: {APART}`"
+            raise ModelError(f"the output {output} holds no scores of classes: that is [N, boxes, classes]", hint)
 
 
 def fits(name: DetectionFormat, shape: tuple[Dim, ...] | None) -> bool:
@@ -115,16 +130,23 @@ def fits(name: DetectionFormat, shape: tuple[Dim, ...] | None) -> bool:
 
 def _classes(name: DetectionFormat, shape: tuple[Dim, ...] | None) -> int | None:
     """How many classes the shape of an output tells."""
-    if shape is None or name not in ("yolov5", "yolov8"):
+    if shape is None or name not in _OF_CLASSES:
         return None
-    dim, before = (shape[2], 5) if name == "yolov5" else (shape[1], 4)
+    axis, before = _OF_CLASSES[name]
+    dim = shape[axis]
     return dim - before if isinstance(dim, int) else None
 
 
 def guess_boxes(info: NetworkInfo, size: Sequence[Dim]) -> dict[str, Any] | None:
     """The fields of `output` for a network that looks like a detector of this input size; None where it does not."""
     names = _told_by_names(info.outputs)
-    if names is not None:
+    if "labels" not in names and {"boxes", "scores"} <= names.keys():
+        boxes, scores = (next(one for one in info.outputs if one.name == names[part]) for part in ("boxes", "scores"))
+        if _are_of_the_same(boxes.shape, scores.shape):
+            # As exports of SSD have it; nothing tells.
+            order = {"coordinates": "normalized", "background": 0}
+            return {"format": SCORED, "names": {"boxes": boxes.name, "scores": scores.name}, **order}
+    if {"boxes", "labels", "scores"} <= names.keys():
         is_tensorflow = names["boxes"].startswith("detection_boxes")
         order = {"coordinates": "normalized", "corners": "yxyx"} if is_tensorflow else {}
         return {"format": APART, "names": names, **order}
@@ -134,11 +156,18 @@ def guess_boxes(info: NetworkInfo, size: Sequence[Dim]) -> dict[str, Any] | None
     return None if name is None else {"format": name}
 
 
-def _told_by_names(outputs: Sequence[TensorInfo]) -> dict[str, str] | None:
+def _told_by_names(outputs: Sequence[TensorInfo]) -> dict[str, str]:
+    """What outputs hold -> their names, where just one is called so."""
     named = [output.name for output in outputs if not _BY_THE_WAY.search(output.name)]
     found = {part: [name for name in named if re.search(words, name, re.IGNORECASE)] for part, words in _PARTS.items()}
-    parts = {part: names[0] for part, names in found.items() if len(names) == 1}
-    return parts if {"boxes", "labels", "scores"} <= parts.keys() else None
+    return {part: names[0] for part, names in found.items() if len(names) == 1}
+
+
+def _are_of_the_same(boxes: tuple[Dim, ...] | None, scores: tuple[Dim, ...] | None) -> bool:
+    """Whether these are shapes of boxes, and of their scores for each of several classes."""
+    if boxes is None or scores is None or not len(boxes) == len(scores) == 3:
+        return False
+    return boxes[2] == 4 and boxes[1] == scores[1] and isinstance(scores[2], int) and scores[2] > 1
 
 
 def _told_by_shape(output: TensorInfo, size: Sequence[Dim]) -> DetectionFormat | None:

@@ -28,7 +28,7 @@ HeightWidth = tuple[Pixels, Pixels]
 PerChannel = tuple[float, float, float]
 Part = Annotated[float, Interval(ge=0, le=1)]
 DETECTION_FIELDS = (
-    "format", "names", "coordinates", "corners", "score_threshold", "iou_threshold", "max_detections",
+    "format", "names", "coordinates", "corners", "background", "score_threshold", "iou_threshold", "max_detections",
 )  # fmt: skip
 _STRICT = {"extra": "forbid", "allow_inf_nan": False}
 _ONE_NETWORK = [{"required": ["onnx"]}, {"required": ["symbol", "params"]}, {"required": ["archive"]}]
@@ -170,14 +170,18 @@ class Output(_Strict):
         default=None, metadata=_said("How a network of the task detection writes its boxes; required there.")
     )
     names: BoxOutputs = field(
-        default=BoxOutputs(), metadata=_said("The outputs of the format boxes-labels-scores, in the place of `name`.")
+        default=BoxOutputs(),
+        metadata=_said("The outputs of the formats boxes-labels-scores and boxes-scores, in the place of `name`."),
     )
     coordinates: Literal["pixels", "normalized"] | None = field(
         default=None,
         metadata=_said("Whether boxes are in pixels of the input or in 0..1; by default as the format has it."),
     )
     corners: Literal["xyxy", "yxyx"] = field(
-        default="xyxy", metadata=_said("Order of the corners' coordinates in the format boxes-labels-scores.")
+        default="xyxy", metadata=_said("Order of the corners' coordinates in the formats of several outputs.")
+    )
+    background: Annotated[int, Interval(ge=0)] | None = field(
+        default=None, metadata=_said("The class of the format boxes-scores that is nothing, if one is: 0 for SSD.")
     )
     score_threshold: Annotated[float, Interval(ge=0, lt=1)] = field(
         default=0.25, metadata=_said("Detections with more than this score are kept.")
@@ -186,6 +190,12 @@ class Output(_Strict):
         default=0.45, metadata=_said("Of two boxes of a class that overlap by more than this, the better one is kept.")
     )
     max_detections: Annotated[int, Interval(ge=1, le=1000)] = 100
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The outputs of a format that has several: what each holds -> its name."""
+        given = self.names.given
+        return {part: given[part] for part in ("boxes", "scores")} if self.format == "boxes-scores" else given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,6 +281,8 @@ def deciding_fields(card: ModelCard) -> dict[str, Any]:
     if card.task != "detection":
         for name in DETECTION_FIELDS:
             del fields["output"][name]
+    elif card.output.background is None:
+        del fields["output"]["background"]
     if card.preprocess is not None and card.preprocess.resize is not None and card.preprocess.letterbox is None:
         for name in ("letterbox", "fill"):
             del fields["preprocess"]["resize"][name]

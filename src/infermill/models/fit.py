@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 
 from infermill.errors import ModelError
-from infermill.models.boxes import APART, check_boxes
+from infermill.models.boxes import SEVERAL, check_boxes
 from infermill.models.card import IMAGE_DTYPES, TENSOR_DTYPES, ModelCard, Preprocess
 from infermill.models.onnx import FLOAT_DTYPES, Dim, NetworkInfo, TensorInfo, shown
 
@@ -160,14 +160,14 @@ def _check_values(preprocess: Preprocess, image: TensorInfo, *, grey: bool) -> N
 
 def chosen_outputs(card: ModelCard, info: NetworkInfo) -> tuple[TensorInfo, ...]:
     """The outputs that predictions are made of, in the network's order: one; or for the task `raw`, unless one is
-    named, all; or for a detection those of boxes, labels and scores.
+    named, all; or for a detection those of boxes, scores and, it may be, labels.
 
     Raises:
         ModelError: the network has no output of that name.
     """
     names = [tensor.name for tensor in info.outputs]
-    if card.task == "detection" and card.output.format == APART:
-        wanted = card.output.names.given
+    if card.task == "detection" and card.output.format in SEVERAL:
+        wanted = card.output.parts
         for part, name in wanted.items():
             if name not in names:
                 hint = _nearest(name, names, f"output.names.{part}")

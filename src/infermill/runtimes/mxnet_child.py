@@ -30,7 +30,10 @@ ALIGNMENT_BYTES = 64
 
 
 class Network:
-    """A checkpoint in MXNet's Module, with its preprocessing in front."""
+    """A checkpoint in MXNet's Module, with its preprocessing in front.
+
+    `mx.model.load_checkpoint` takes one prefix and an epoch, and these are two files of any name.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings

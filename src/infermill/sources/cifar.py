@@ -6,7 +6,6 @@ dicts, pickled: `data` is uint8 [n, 3072], and `labels` (CIFAR-100: `fine_labels
 """
 
 import gzip
-import io
 import pickle
 import struct
 import tarfile
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from infermill.sources.pickles import numbers, text_of, unpickled
 from infermill.types import ShardFormat, Split
 
 Name = Literal["cifar10", "cifar100"]
@@ -164,9 +164,9 @@ def class_names(file: BinaryIO, name: Name) -> list[str] | None:
                     names: list[str] = content.read().decode().split()
                     return names
                 if content and base in {"batches.meta", "meta"}:
-                    meta = _unpickled(content.read())
+                    meta = unpickled(content.read())
                     key = b"label_names" if name == "cifar10" else b"fine_label_names"
-                    return [label.decode() if isinstance(label, bytes) else str(label) for label in meta[key]]
+                    return [text_of(label) for label in meta[key]]
     except _DAMAGE as error:
         raise DamagedError(f"it is damaged, or no archive of {name}: {error}") from None
     return None
@@ -202,56 +202,10 @@ def _batch(path: str, content: bytes, name: Name) -> Batch:
         rows = np.frombuffer(content, np.uint8).reshape(-1, length)
         labels = rows[:, layout.label_bytes - 1].astype(np.int32)
         return Batch(_batch_name(path), rows[:, layout.label_bytes :], labels)
-    found = _unpickled(content)
-    images, labels = np.asarray(found[b"data"]), np.asarray(found[layout.labels])
+    found = unpickled(content)
+    images, labels = numbers(found[b"data"]), numbers(found[layout.labels])
     if images.dtype != np.uint8 or images.shape != (len(labels), IMAGE_BYTES) or labels.dtype.kind not in "iu":
         raise DamagedError(f"{path} does not hold images of {IMAGE_BYTES} bytes, and a label for each")
     if labels.size and not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
         raise DamagedError(f"{path} has a label that is not in 0..{MAX_LABEL}")
     return Batch(_batch_name(path), images, labels.astype(np.int32))
-
-
-def _unpickled(content: bytes) -> dict[bytes, Any]:
-    found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    if not isinstance(found, dict):
-        raise DamagedError("it is no pickled dict")
-    return found
-
-
-def _empty_array(*_: object) -> NDArray[Any]:
-    """What NumPy's pickles begin an array with; how large it is, they say later, with its bytes."""
-    return np.empty(0, np.uint8)
-
-
-def _array(content: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], order: Literal["C", "F"]) -> NDArray[Any]:
-    """An array in a pickle of protocol 5."""
-    return np.frombuffer(content, dtype).reshape(shape, order=order)
-
-
-def _encoded(text: str, encoding: str) -> bytes:
-    """How Python 3 pickles bytes for Python 2."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding}")
-    return text.encode(encoding)
-
-
-_ALLOWED = {
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy.core.numeric", "_frombuffer"): _array,
-    ("numpy._core.numeric", "_frombuffer"): _array,
-    ("_codecs", "encode"): _encoded,
-}
-
-
-# Not the one in C, which allots whatever size a pickle tells.
-class _Unpickler(pickle._Unpickler):
-    """Reads NumPy arrays and plain types, and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed") from None

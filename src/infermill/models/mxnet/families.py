@@ -110,7 +110,7 @@ def _declared(text: str | None) -> tuple[int, ...] | None:
     """`(0, 3, 224, 224)`, as a variable may say it, less the batch."""
     try:
         shape = ast.literal_eval(text or "None")
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # TypeError: `{[]: 0}`
         return None
     is_shape = isinstance(shape, tuple) and len(shape) > 1 and all(type(dim) is int and dim > 0 for dim in shape[1:])
     return shape[1:] if is_shape else None

@@ -21,6 +21,8 @@ from infermill.models.onnx import Dim, shown
 # The first whose reductions all take their axes in the same way (as an input), and the newest that IR version 8 holds,
 # which every ONNX Runtime since 1.14 and every OpenVINO since 2023 reads.
 OPSET, IR_VERSION = 18, 8
+# The runtime `mxnet` is no way around it: it takes the shapes of a network from its translation.
+ASK_FOR_IT = "save the network from MXNet without it, or ask for it where infermill is from, with the symbol file"
 _OPSETS = [helper.make_operatorsetid("", OPSET)]
 _MAX_SHAPE_ELEMENTS = 64
 _MAX_COUNT = 2**24
@@ -231,7 +233,7 @@ class Step:
         """The error for what is MXNet's, but has no translation."""
         return ModelError(
             f"{described(self.node)} cannot be translated to ONNX: {why}",
-            "run it with `--runtime mxnet`, or ask at the project's issue tracker, with the symbol file",
+            ASK_FOR_IT,
         )
 
     def finish(self, outputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -32,10 +32,12 @@ def channels(step: Step, tensor: Tensor) -> int:
 
 
 def per_axis(step: Step, name: str, default: int, kernel: Sequence[int]) -> tuple[int, ...]:
-    """An attribute with one integer for each axis of the kernel."""
+    """An attribute with one integer for each axis of the kernel, none of them less than its default."""
     values = step.attributes.integers(name, (default,) * len(kernel))
     if len(values) != len(kernel):
         raise step.refused(f"its kernel is {tuple(kernel)}, and `{name}` is {values}")
+    if any(value < default for value in values):
+        raise step.refused(f"its `{name}` is {values}")
     return values
 
 

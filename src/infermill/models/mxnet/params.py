@@ -31,6 +31,8 @@ _DTYPES = {
     11: "<u8", _BFLOAT16: "<u2",
 }  # fmt: skip
 _MAX_NDIM = 32
+# A hundred times those of the largest networks. An array may take 21 bytes here, and takes half a kilobyte in memory.
+_MAX_ARRAYS = 100_000
 # A sparse array may say that it is huge in a few bytes; rows that are left out of real ones are some of many.
 _MAX_DENSE_FACTOR, _MAX_DENSE_BYTES = 256, 64 << 20
 # No ONNX file holds more.
@@ -141,6 +143,8 @@ class _Reader:
         count = self._integer(8)
         if count * least_bytes > len(self._content) - self._at:
             raise _DamageError(f"it says that it has {count} {what}, which do not fit into it")
+        if count > _MAX_ARRAYS:
+            raise _DamageError(f"it has {count} {what}, and networks have fewer than {_MAX_ARRAYS}")
         return count
 
     def _array(self, number: int) -> NDArray[Any] | None:

@@ -168,6 +168,10 @@ def _node(number: int, data: Any) -> Node:
     if max(len(op), len(name)) > _MAX_NAME:
         raise _GraphError(f"{where} has a name of {max(len(op), len(name))} characters")
     where = f"node {number} ({name!r})"
+    try:
+        (op + name).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
+        raise _GraphError(f"{where} has a name that is no Unicode text") from None
     if data.get("subgraphs"):
         raise _GraphError(f"{where} is {op}, which runs a graph inside of this one; that is not supported")
     attrs: dict[str, str] = {}

@@ -10,7 +10,7 @@ from onnx import helper
 
 from infermill.errors import ModelError
 from infermill.models.mxnet.attributes import described
-from infermill.models.mxnet.graph import IR_VERSION, OPSET, Graph, Step, Tensor
+from infermill.models.mxnet.graph import ASK_FOR_IT, IR_VERSION, OPSET, Graph, Step, Tensor
 from infermill.models.mxnet.operators import OPERATORS
 from infermill.models.mxnet.params import Params
 from infermill.models.mxnet.symbol import Node, Symbol
@@ -57,7 +57,7 @@ class _Translation:
         if sum(value.nbytes for value in self._graph.initializers.values()) + _RESERVE_BYTES > MAX_PROTOBUF_BYTES:
             raise ModelError(
                 f"{name} has more than 2 GiB of parameters, which no ONNX file can hold",
-                "run it with `--runtime mxnet`",
+                "networks of this size cannot be imported: take a smaller one",
             )
         graph = helper.make_graph(
             self._graph.nodes, name, [_value_info(self._input)], [_value_info(tensor) for tensor in heads.values()]
@@ -83,7 +83,7 @@ class _Translation:
         if operator is None:
             raise ModelError(
                 f"{described(node)}: this operator has no translation to ONNX",
-                "run it with `--runtime mxnet`, or ask for it at the project's issue tracker, with the symbol file",
+                ASK_FOR_IT,
             )
         step = Step(self._graph, node, lambda position: self._read(node.inputs[position]))
         try:
@@ -105,7 +105,7 @@ class _Translation:
         if node.op != "null":
             raise ModelError(
                 f"output {source[1]} of {described(node)} has no translation to ONNX",
-                "run the network with `--runtime mxnet`",
+                ASK_FOR_IT,
             )
         tensor = self._input if node.name == self._input.name else self._parameter(node)
         self._outputs[source] = tensor
