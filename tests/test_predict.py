@@ -1,5 +1,6 @@
 """`load_model(card) -> predict`, in memory."""
 
+import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,16 @@ def test_a_grey_array_and_a_wrong_one(card: infermill.ModelCard) -> None:
     as_rgb = np.stack([grey] * 3, axis=2)
     first, second = predict([grey, as_rgb])
     assert first.top == second.top
+
+
+def test_the_limit_of_pixels_is_that_of_the_options_in_every_form(card: infermill.ModelCard) -> None:
+    pixels = np.zeros((40, 50, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    forms: list[infermill.predict.Input] = [pixels, Image.fromarray(pixels), file.getvalue()]
+    for max_pixels, code in ((40 * 50, None), (40 * 50 - 1, "too_large")):
+        predict = infermill.load_model(card, infermill.Options(max_pixels=max_pixels))
+        assert [one.error and one.error.code for one in predict(forms)] == [code] * 3
 
 
 # --- tensors

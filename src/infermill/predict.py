@@ -149,9 +149,9 @@ def _image_rows(
 
     def to_pixels(item: Any) -> Row:
         if isinstance(item, PIL.Image.Image):
-            return prepare(item, preprocess, options.decode, sized=sized)
+            return prepare(item, preprocess, options.decode, options.max_pixels, sized=sized)
         if isinstance(item, np.ndarray):
-            return prepare_array(item, preprocess, options.decode, sized=sized)
+            return prepare_array(item, preprocess, options.decode, options.max_pixels, sized=sized)
         return decode(content_of(item))
 
     return to_pixels
