@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from infermill.errors import JobMismatchError, ModelError, SourceError, UsageErr
 from infermill.meter import Meter
 from infermill.models.opening import open_model
 from infermill.output import Output
-from infermill.record import check_same_job, fingerprint, read_record
+from infermill.record import check_same_job, discard_record, fingerprint, read_record
 from infermill.runtimes.openvino import precisions
 from tests.networks import tiny_classifier
 from tests.servers import Answer, ScriptedStore
@@ -390,6 +391,38 @@ def test_every_problem_of_the_model_comes_before_the_source_is_looked_at(card: P
     with pytest.raises(ModelError, match=r"`labels` has 3, and .* has 10 classes"):
         infermill.run(tmp_path / "no-such-folder", card, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_misfit_that_only_the_loaded_network_tells_leaves_no_job(
+    overwrite: bool, card: Path, photos: Path, tmp_path: Path
+) -> None:
+    tiny_classifier(card.parent / "tiny.onnx", CLASSES, classes_hidden=True)
+    labels = (card.parent / "labels.txt").read_text()
+    (card.parent / "labels.txt").write_text("only\nthree\nlabels\n")
+    existing: Literal["overwrite", "resume"] = "overwrite" if overwrite else "resume"
+    with pytest.raises(ModelError, match="answers 10 numbers per input in `shown`, and the card has 3 classes"):
+        infermill.run(photos, card, tmp_path / "out", existing=existing)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    (card.parent / "labels.txt").write_text(labels)
+    assert infermill.run(photos, card, tmp_path / "out").ok == 20
+    assert infermill.verify(tmp_path / "out").problem_count == 0
+
+
+def test_another_runs_job_is_not_taken_back(card: Path, photos: Path, tmp_path: Path) -> None:
+    tiny_classifier(card.parent / "tiny.onnx", CLASSES, classes_hidden=True)
+    out = Output(str(tmp_path / "out"), Options())
+    infermill.run(photos, card, tmp_path / "out", Options(partition_objects=10))
+    mine = read_record(out)
+    assert mine is not None
+    discard_record(out, mine)  # it has parts
+    assert read_record(out) == mine
+    infermill.run(photos, card, tmp_path / "out", existing="overwrite")
+    for part in (tmp_path / "out").glob("part-*"):
+        part.unlink()
+    other = read_record(out)
+    discard_record(out, mine)
+    assert read_record(out) == other
 
 
 def test_an_empty_source_is_an_error_and_leaves_no_job(card: Path, tmp_path: Path) -> None:

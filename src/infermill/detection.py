@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from infermill.errors import ModelError
+from infermill.errors import MisfitError
 from infermill.models.boxes import APART, NEEDED_SHAPES, fits
 from infermill.models.card import Output
 from infermill.types import DetectionFormat
@@ -49,11 +49,11 @@ class Detector:
         self._unit = np.array([width, height, width, height] if is_normalized else [1] * 4, np.float32)
 
     def check(self, arrays: Sequence[NDArray[Any]]) -> None:
-        """Raise ModelError where the arrays of a batch are not what the card says: shapes may not be known before."""
+        """Raise MisfitError where the arrays of a batch are not what the card says: shapes may not be known before."""
         name = self._output.format
         if name is not None and name != APART:
             if not fits(name, arrays[0].shape):
-                raise ModelError(
+                raise MisfitError(
                     f"the network answers {list(arrays[0].shape)} in `{self._names[0]}`, and the format {name} is "
                     f"{NEEDED_SHAPES[name]}",
                     "set another `output.format`, or name another output in `output.name`",
@@ -63,7 +63,7 @@ class Detector:
         counts = {part: parts[part].size for part in ("labels", "scores")}
         if parts["boxes"].ndim != 3 or parts["boxes"].shape[2] != 4 or {*counts.values()} != {parts["boxes"].size // 4}:
             shapes = ", ".join(f"{part} {list(array.shape)}" for part, array in parts.items())
-            raise ModelError(
+            raise MisfitError(
                 f"the network answers {shapes}, where [N, boxes, 4], [N, boxes] and [N, boxes] are wanted",
                 "name other outputs in `output.names`; overlapping boxes must be suppressed in the network",
             )

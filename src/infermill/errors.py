@@ -3,6 +3,7 @@
 InfermillError              exit 1; message, and a hint that says what to do next
 ├── UsageError              exit 2; the command or a setting cannot be right
 │   ├── ModelError          the model card, or the network that it names
+│   │   └── MisfitError     how the network answered when it was first run, which is the same wherever it is
 │   └── JobMismatchError    the output holds another job
 ├── BudgetError             exit 3; more objects fail than the budget allows; the job can be resumed
 ├── EvidenceError           exit 3; a network in less precision agrees less than was asked for; nothing is written
@@ -41,6 +42,10 @@ class UsageError(InfermillError):
 
 class ModelError(UsageError):
     """The model card is wrong, or the network does not fit it."""
+
+
+class MisfitError(ModelError):
+    """The network has been loaded, and its answer to a blank input does not fit its card."""
 
 
 class JobMismatchError(UsageError):
