@@ -45,9 +45,10 @@ def test_one_picture_in_every_form_has_one_prediction(card: infermill.ModelCard,
 
 def test_bad_inputs_have_an_error_and_keep_their_place(card: infermill.ModelCard, tmp_path: Path) -> None:
     good = np.zeros((40, 40, 3), np.uint8)
-    predictions = infermill.load_model(card)([good, b"", tmp_path / "missing.jpg", b"<html>", good])
-    assert [one.error and one.error.code for one in predictions] == [None, "empty", "missing", "unsupported", None]
-    assert [one.top is None for one in predictions] == [False, True, True, True, False]
+    predictions = infermill.load_model(card)([good, b"", tmp_path / "missing.jpg", "a\0.jpg", b"<html>", good])
+    codes = [None, "empty", "missing", "missing", "unsupported", None]
+    assert [one.error and one.error.code for one in predictions] == codes
+    assert [one.top is None for one in predictions] == [code is not None for code in codes]
 
 
 def test_uris_are_fetched(card: infermill.ModelCard, bucket: Bucket, tmp_path: Path) -> None:

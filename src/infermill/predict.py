@@ -182,6 +182,8 @@ def _content(item: bytes | str | os.PathLike[str]) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise BadInputError("fetch", "missing", f"{path} does not exist") from None
+    except ValueError:
+        raise BadInputError("fetch", "missing", "no file has a name with a null character") from None
     except OSError as error:
         raise BadInputError("fetch", "unreadable", f"{path}: {error.strerror}") from None
 
