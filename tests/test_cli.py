@@ -269,15 +269,34 @@ def test_ctrl_c_stops_soon_keeps_finished_parts_and_says_how_to_resume(work: Pat
     assert not (work / "out/_SUCCESS").exists()
 
 
-def test_ctrl_c_stops_soon_even_while_a_store_does_not_answer(work: Path) -> None:
+JOB = ["-m", "model.yaml", "--anonymous"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "s3://bucket/photos/", *JOB, "-o", "out"], "`infermill run` with the same arguments resumes"),
+        (
+            ["run", "s3://bucket/photos/", *JOB, "-o", "out", "--overwrite"],
+            "`infermill run` without --overwrite, and otherwise with the same arguments resumes",
+        ),
+        (["retry", "s3://bucket/out", *JOB], "`infermill retry` with the same arguments resumes"),
+        (["plan", "s3://bucket/photos/", *JOB], "the same command starts anew"),
+        (
+            ["datasets", "cifar10", "--to", "cifar", "--url", "ENDPOINT/cifar.tar.gz"],
+            "the same command writes what is missing",
+        ),
+    ],
+    ids=lambda value: "-".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_ctrl_c_stops_soon_even_while_a_store_does_not_answer(work: Path, arguments: list[str], hint: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        command = [INFERMILL, "run", "s3://bucket/photos/", "-m", "model.yaml", "-o", "out", "--endpoint-url", endpoint]
-        process = subprocess.Popen(
-            [*command, "--anonymous"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        arguments = [one.replace("ENDPOINT", endpoint) for one in (*arguments, "--endpoint-url", "ENDPOINT")]
+        command = [INFERMILL, *arguments]
+        process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         silent.settimeout(60)
         connection, _ = silent.accept()
         process.send_signal(signal.SIGINT)
@@ -286,7 +305,7 @@ def test_ctrl_c_stops_soon_even_while_a_store_does_not_answer(work: Path) -> Non
         connection.close()
     assert time.monotonic() - stopped < 2
     assert process.returncode == 130
-    assert stderr.startswith("error: stopped\n")
+    assert re.fullmatch(rf"(downloading .*\n)?error: stopped\n\nhint: (.*: )?{re.escape(hint)}\n", stderr)
 
 
 def test_what_a_bare_network_is_taken_for_is_said(work: Path) -> None:
