@@ -111,6 +111,16 @@ def test_over_the_budget_is_exit_code_3(work: Path) -> None:
     assert "error: about 1 of 13 objects fail" in done.stderr
 
 
+def test_a_job_that_the_budget_stops_prints_the_summary_so_far(work: Path) -> None:
+    (work / "nothing.txt").write_text("nothing.png\n" * 300)
+    flags = ["--partition-objects", "50", "--max-failures", "1", "--json"]
+    done = infermill("run", "nothing.txt", "-m", "model.yaml", "-o", "out", *flags, cwd=work)
+    assert done.returncode == 3
+    assert re.search("^error: stopped: .* of the first .* objects fail", done.stderr, re.MULTILINE)
+    summary = json.loads(done.stdout)
+    assert 100 <= summary["failed"] < summary["planned"] == 300
+
+
 def test_append_retry_status_and_verify(work: Path) -> None:
     flags = ["run", "photos", "-m", "model.yaml", "-o", "out", "--partition-objects", "6"]
     (work / "photos/later.png").symlink_to(work / "later.png")

@@ -63,7 +63,12 @@ def run(
         from infermill.progress import show_progress
 
         existing: job.Existing = "append" if append else "overwrite" if overwrite else "resume"
-        summary = job.run(source, model, output, options, card, show_progress, existing, engine)
+        try:
+            summary = job.run(source, model, output, options, card, show_progress, existing, engine)
+        except BudgetError as error:
+            if json and error.summary is not None:
+                print(jsonlib.dumps(error.summary.as_json()))
+            raise
     print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
     return _within_budget(f"{summary.failed:,}", summary.failed, summary.planned, options)
 

@@ -17,7 +17,7 @@ BadInputError               one input cannot be predicted: caught at one place i
 
 import signal
 
-from infermill.types import Failure, FailureCode, Stage
+from infermill.types import Failure, FailureCode, Stage, Summary
 
 
 class InfermillError(Exception):
@@ -53,9 +53,13 @@ class JobMismatchError(UsageError):
 
 
 class BudgetError(InfermillError):
-    """More objects fail than the budget allows. What is finished stays, and the job can be resumed."""
+    """More objects fail than the budget allows. What is finished stays, and the job can be resumed.
+
+    `summary` is that of the objects that were done until then, where a job has been stopped.
+    """
 
     exit_code = 3
+    summary: Summary | None = None
 
 
 class EvidenceError(InfermillError):
