@@ -126,7 +126,10 @@ def plan(
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,
 ) -> int:
-    """Count SOURCE and predict a sample of it: how long the job will take, and what will fail. Writes nothing."""
+    """Count SOURCE and predict a sample of it: how long the job will take, and what will fail.
+
+    Writes nothing but the cache: models from a store, and the streams and the batch that a long job will take.
+    """
     from infermill import report
     from infermill.estimation import estimate as estimate_job
 
