@@ -16,6 +16,7 @@ BadInputError               one input cannot be predicted: caught at one place i
 """
 
 import signal
+from pathlib import Path
 
 from infermill.types import Failure, FailureCode, Stage, Summary
 
@@ -78,6 +79,17 @@ class RuntimeDiedError(InfermillError):
     def __init__(self, message: str, hint: str = "", status: int = 1) -> None:
         super().__init__(message, hint)
         self.status = status
+
+
+def guide(name: str) -> str:
+    """Where the document is that a hint points to: in the installed package, or else in the repository.
+
+    Example:
+        >>> guide("model-card.md")
+        'docs/model-card.md'
+    """
+    installed = Path(__file__).with_name("docs") / name
+    return str(installed) if installed.is_file() else f"docs/{name}"
 
 
 def death_of(status: int) -> str:
