@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.networks import tiny_classifier
 from tests.test_job import write_photos
@@ -91,6 +92,19 @@ def test_both_runtimes_and_a_bare_network_with_flags(work: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["runtime"] == runtime
+
+
+def test_flags_that_change_what_is_predicted_reach_the_job(work: Path) -> None:
+    Image.new("RGB", (48, 41)).save(work / "photos/larger.png")
+    for name in ("a.JPG", "b.jpg", "c.gif"):
+        Image.new("RGB", (48, 40)).save(work / "photos" / name)
+    flags = ["--suffix", ".png", "--suffix", ".jpg", "--max-pixels", "1920", "--decode", "fast", "--json"]
+    done = infermill("run", "photos", "-m", "model.yaml", "-o", "out", *flags, cwd=work)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["ok"], summary["failures_by_code"]) == (14, {"too_large": 1})
+    job = json.loads((work / "out/_infermill/job.json").read_text())["fingerprint"]
+    assert (job["suffix"], job["max_pixels"], job["decode"]) == ([".jpg", ".png"], 1920, "fast")
 
 
 def test_a_manifest_on_standard_input(work: Path) -> None:
@@ -238,6 +252,7 @@ def test_doctor_has_a_hint_for_everything_that_is_missing(work: Path) -> None:
             2,
             ["onnxruntime has no bf16"],
         ),
+        (["run", "s3://x/", "-m", "model.yaml", "-o", "out", "--aws-profile", "nobodys"], 1, ["(nobodys)"]),
         (["classify"], 2, ["classify"]),
     ],
 )

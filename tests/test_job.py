@@ -438,6 +438,31 @@ def test_a_missing_source_is_an_error(card: Path, tmp_path: Path) -> None:
         infermill.run(tmp_path / "missing", card, tmp_path / "out")
 
 
+def test_the_limit_of_pixels_is_that_of_the_options(card: Path, photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 41), "teal").save(photos / "larger.png")
+    summary = infermill.run(photos, card, tmp_path / "out", Options(max_pixels=48 * 40))
+    assert (summary.ok, summary.failures_by_code, summary.example_keys) == (
+        20,
+        {"too_large": 1},
+        {"too_large": "larger.png"},
+    )
+
+
+def test_the_decode_profile_is_that_of_the_options(card: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photos/noise.jpg", quality=90)
+    scores = []
+    for options in (Options(decode="exact"), Options(decode="fast")):
+        infermill.run(tmp_path / "photos", card, tmp_path / options.decode, options)
+        (row,) = infermill.read(tmp_path / options.decode).to_pylist()
+        (expected,) = infermill.load_model(card, options)([tmp_path / "photos/noise.jpg"])
+        assert expected.top is not None
+        scores.append(row["top"][0]["score"])
+        assert scores[-1] == pytest.approx(expected.top[0].score, abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-4
+
+
 def test_an_estimate_writes_nothing_and_foresees_failures(card: Path, photos: Path, tmp_path: Path) -> None:
     for number in range(20):
         (photos / f"bad-{number}.jpg").write_bytes(b"nothing")
