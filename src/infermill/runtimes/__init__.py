@@ -1,4 +1,4 @@
-"""The libraries that execute a network, behind one contract: `load(model, threads) -> Predictor`."""
+"""The libraries that execute a network, behind one contract: `load(model, threads, …) -> Predictor`."""
 
 import importlib
 import math
