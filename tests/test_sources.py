@@ -1,5 +1,6 @@
 import fnmatch
 import glob
+import io
 import os
 import re
 import string
@@ -588,9 +589,9 @@ def test_an_unreadable_manifest_is_told(
 
 
 def parquet_of(keys: Sequence[str]) -> bytes:
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     pq.write_table(pa.table({"uri": pa.array(keys, pa.string())}), sink)
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue()
 
 
 @pytest.mark.parametrize(
