@@ -101,6 +101,7 @@ def tiny_classifier(
     external_data: bool = False,
     nan_on_black: bool = False,
     output_shape: Sequence[int | str] | None = None,
+    classes_hidden: bool = False,
     opset: int = 17,
     ir_version: int = 8,
     seed: int = 0,
@@ -109,6 +110,7 @@ def tiny_classifier(
 
     It is made for inputs of 0..1 (uint8: 0..255). With `nan_on_black` the answer is NaN where the mean of the
     input is below 0.01. `output_shape` is declared instead of [N, classes]; where it ends in 1x1, so do the answers.
+    With `classes_hidden`, the output is `shown`, and only running it tells how many classes there are.
     """
     net = Network("float32" if dtype == "uint8" else dtype, seed)
     tip, count = _features(net, size, layout, dtype, channels)
@@ -120,7 +122,12 @@ def tiny_classifier(
         tip = net.node("Mul", tip, factor, name="" if softmax or output_shape else "logits")
     if softmax:
         tip = net.node("Softmax", tip, axis=1, name="" if output_shape else "probabilities")
-    shape = list(output_shape or ["N" if batch is None else batch, classes])
+    shape: list[int | str] = list(output_shape or ["N" if batch is None else batch, classes])
+    if classes_hidden:
+        nothing = net.node("Mul", net.node("ReduceMax", "images", axes=[0, 1, 2, 3]), net.weight(np.array(0)))
+        all_of = net.node("Add", net.node("Reshape", nothing, _shape(net, [1])), net.weight(np.array([classes])))
+        end = net.node("Cast", all_of, to=TensorProto.INT64)
+        tip, shape = net.node("Slice", tip, _shape(net, [0]), end, _shape(net, [1]), name="shown"), ["N", "C"]
     if output_shape:
         target = [0 if isinstance(dim, str) else dim for dim in output_shape]
         tip = net.node("Reshape", tip, _shape(net, target), name="probabilities" if softmax else "logits")

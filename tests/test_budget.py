@@ -41,10 +41,14 @@ def test_what_is_done_stays_and_a_larger_budget_resumes(tmp_path: Path) -> None:
     for number in range(0, 300, 3):
         (tmp_path / f"photos/photo-{number:03d}.png").write_bytes(b"<html>")
     few = Options(partition_objects=20, max_failures="5%")
-    with pytest.raises(BudgetError, match="--max-failures 5%"):
+    with pytest.raises(BudgetError, match="--max-failures 5%") as caught:
         infermill.run(tmp_path / "photos", tmp_path / "tiny.onnx", tmp_path / "out", few)
     status = infermill.status(tmp_path / "out")
     assert 100 <= status.done < 300
+    so_far = caught.value.summary
+    assert so_far is not None
+    assert 100 <= so_far.ok + so_far.failed < so_far.planned == 300
+    assert so_far.failures_by_code == {"unsupported": so_far.failed}
     assert not status.success
     many = Options(partition_objects=20, max_failures="50%")
     summary = infermill.run(tmp_path / "photos", tmp_path / "tiny.onnx", tmp_path / "out", many)

@@ -1,6 +1,8 @@
 """The model card: what it accepts, what it says when it does not, and what its digest covers."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,17 @@ def test_the_digest_does_not_depend_on_names_and_paths(weights: dict[str, Path],
 
 def test_the_published_schema_is_current() -> None:
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == card_schema(), "write card_schema() there"
+
+
+def test_what_hints_point_to_and_the_schema_are_in_the_wheel() -> None:
+    root = SCHEMA_FILE.parents[1]
+    sources = [path.read_text(encoding="utf-8") for path in (root / "src/infermill/models").rglob("*.py")]
+    named = {name for text in sources for name in re.findall(r"guide\('([^']+)'\)", text)}
+    build = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    shipped = {f"docs/{name}": f"infermill/docs/{name}" for name in (*named, SCHEMA_FILE.name)}
+    assert named == {"model-card.md", "detection.md"}
+    assert build["wheel"]["force-include"] == shipped
+    assert all((root / name).is_file() for name in shipped)
 
 
 def test_the_schema_accepts_the_example_and_refuses_unknown_fields() -> None:

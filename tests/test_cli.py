@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.networks import tiny_classifier
 from tests.test_job import write_photos
@@ -93,6 +94,19 @@ def test_both_runtimes_and_a_bare_network_with_flags(work: Path) -> None:
         assert json.loads(done.stdout)["runtime"] == runtime
 
 
+def test_flags_that_change_what_is_predicted_reach_the_job(work: Path) -> None:
+    Image.new("RGB", (48, 41)).save(work / "photos/larger.png")
+    for name in ("a.JPG", "b.jpg", "c.gif"):
+        Image.new("RGB", (48, 40)).save(work / "photos" / name)
+    flags = ["--suffix", ".png", "--suffix", ".jpg", "--max-pixels", "1920", "--decode", "fast", "--json"]
+    done = infermill("run", "photos", "-m", "model.yaml", "-o", "out", *flags, cwd=work)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["ok"], summary["failures_by_code"]) == (14, {"too_large": 1})
+    job = json.loads((work / "out/_infermill/job.json").read_text())["fingerprint"]
+    assert (job["suffix"], job["max_pixels"], job["decode"]) == ([".jpg", ".png"], 1920, "fast")
+
+
 def test_a_manifest_on_standard_input(work: Path) -> None:
     keys = [f"photos/photo-{i:03d}.png" for i in range(3)]
     done = infermill("run", "-", "-m", "model.yaml", "-o", "out", "--json", cwd=work, stdin="\n".join(keys))
@@ -109,6 +123,16 @@ def test_over_the_budget_is_exit_code_3(work: Path) -> None:
     done = infermill("plan", "photos", "-m", "model.yaml", "--max-failures", "0", cwd=work)
     assert done.returncode == 3
     assert "error: about 1 of 13 objects fail" in done.stderr
+
+
+def test_a_job_that_the_budget_stops_prints_the_summary_so_far(work: Path) -> None:
+    (work / "nothing.txt").write_text("nothing.png\n" * 300)
+    flags = ["--partition-objects", "50", "--max-failures", "1", "--json"]
+    done = infermill("run", "nothing.txt", "-m", "model.yaml", "-o", "out", *flags, cwd=work)
+    assert done.returncode == 3
+    assert re.search("^error: stopped: .* of the first .* objects fail", done.stderr, re.MULTILINE)
+    summary = json.loads(done.stdout)
+    assert 100 <= summary["failed"] < summary["planned"] == 300
 
 
 def test_append_retry_status_and_verify(work: Path) -> None:
@@ -228,6 +252,7 @@ def test_doctor_has_a_hint_for_everything_that_is_missing(work: Path) -> None:
             2,
             ["onnxruntime has no bf16"],
         ),
+        (["run", "s3://x/", "-m", "model.yaml", "-o", "out", "--aws-profile", "nobodys"], 1, ["(nobodys)"]),
         (["classify"], 2, ["classify"]),
     ],
 )
@@ -269,15 +294,34 @@ def test_ctrl_c_stops_soon_keeps_finished_parts_and_says_how_to_resume(work: Pat
     assert not (work / "out/_SUCCESS").exists()
 
 
-def test_ctrl_c_stops_soon_even_while_a_store_does_not_answer(work: Path) -> None:
+JOB = ["-m", "model.yaml", "--anonymous"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "s3://bucket/photos/", *JOB, "-o", "out"], "`infermill run` with the same arguments resumes"),
+        (
+            ["run", "s3://bucket/photos/", *JOB, "-o", "out", "--overwrite"],
+            "`infermill run` without --overwrite, and otherwise with the same arguments resumes",
+        ),
+        (["retry", "s3://bucket/out", *JOB], "`infermill retry` with the same arguments resumes"),
+        (["plan", "s3://bucket/photos/", *JOB], "the same command starts anew"),
+        (
+            ["datasets", "cifar10", "--to", "cifar", "--url", "ENDPOINT/cifar.tar.gz"],
+            "the same command writes what is missing",
+        ),
+    ],
+    ids=lambda value: "-".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_ctrl_c_stops_soon_even_while_a_store_does_not_answer(work: Path, arguments: list[str], hint: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        command = [INFERMILL, "run", "s3://bucket/photos/", "-m", "model.yaml", "-o", "out", "--endpoint-url", endpoint]
-        process = subprocess.Popen(
-            [*command, "--anonymous"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        arguments = [one.replace("ENDPOINT", endpoint) for one in (*arguments, "--endpoint-url", "ENDPOINT")]
+        command = [INFERMILL, *arguments]
+        process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         silent.settimeout(60)
         connection, _ = silent.accept()
         process.send_signal(signal.SIGINT)
@@ -286,7 +330,7 @@ def test_ctrl_c_stops_soon_even_while_a_store_does_not_answer(work: Path) -> Non
         connection.close()
     assert time.monotonic() - stopped < 2
     assert process.returncode == 130
-    assert stderr.startswith("error: stopped\n")
+    assert re.fullmatch(rf"(downloading .*\n)?error: stopped\n\nhint: (.*: )?{re.escape(hint)}\n", stderr)
 
 
 def test_what_a_bare_network_is_taken_for_is_said(work: Path) -> None:

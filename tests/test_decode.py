@@ -231,6 +231,29 @@ def test_an_image_beyond_the_size_that_pillow_warns_of_is_decoded() -> None:
     assert image_decoder(small)(wide).shape == (2, 2, 3)
 
 
+@pytest.mark.parametrize("name", ["webp lossless", "tiff raw", "gif"])
+def test_an_image_beyond_what_pillow_refuses_is_decoded_where_it_is_allowed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data, reference = GOOD[name]
+    decode = image_decoder(AS_STORED, max_pixels=61 * 43)
+    with ThreadPoolExecutor(4) as threads:
+        for pixels in threads.map(decode, [data] * 20):
+            assert pixels.shape == np.asarray(reference).shape
+    assert refusal(data, max_pixels=61 * 43 - 1)[0] == "too_large"
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_pixels_of_a_pillow_image_are_counted_before_it_is_loaded() -> None:
+    image = Image.open(io.BytesIO(GOOD["tiff raw"][0]))
+    with pytest.raises(BadInputError) as caught:
+        prepare(image, AS_STORED, max_pixels=61 * 43 - 1)
+    assert caught.value.failure.code == "too_large"
+    assert image.tile  # not loaded
+    assert prepare(image, AS_STORED, max_pixels=61 * 43).shape == (43, 61, 3)
+
+
 def test_messages_say_what_it_looks_like() -> None:
     assert "HTML" in refusal(BAD["html.jpg"][0])[1]
     assert "PDF" in refusal(BAD["pdf"][0])[1]

@@ -39,9 +39,11 @@ def test_the_version_is_that_of_the_module(tmp_path: Path, monkeypatch: pytest.M
 def test_a_runtime_that_cannot_be_imported_is_a_finding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"infermill.runtimes.{name}", raising=False)
-    found = finding(name)
-    assert not found.usable
-    assert found.hint == f"pip install --force-reinstall {name}"
+    findings = examine(Options())
+    hints = {one.name: one.hint for one in findings if not one.usable}
+    assert hints[name] == f"pip install --force-reinstall {name}"
+    assert hints.get("precisions") == (hints[name] if name == "openvino" else None)
+    assert all(hints.values())
 
 
 def test_openvino_without_a_processor_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

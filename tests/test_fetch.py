@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infermill.errors import BadInputError, StoreError
+from infermill.errors import BadInputError, SourceError, StoreError
 from infermill.fetch import MAX_OBJECT_BYTES, Fetch, fetcher
 from infermill.sources import list_source
 from infermill.types import ObjectRef, Source, StoreOptions
@@ -124,6 +124,30 @@ def test_an_object_that_a_policy_denies_is_unreadable(
 def test_an_object_that_is_denied_or_archived_is_unreadable(key: str, code: str, scripted_store: ScriptedStore) -> None:
     scripted_store.answer(f"photos/{key}", Answer(403, code))
     assert code_of(fetcher(Source("s3://photos"), scripted_store.options), ObjectRef(key)) == "unreadable"
+
+
+@pytest.fixture
+def azure(scripted_store: ScriptedStore, monkeypatch: pytest.MonkeyPatch) -> ScriptedStore:
+    """The scripted store in the place of Azure's emulator, whose account is `devstoreaccount1`."""
+    monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+    monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", str(scripted_store.options.endpoint_url))
+    return scripted_store
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "code"), [(409, "BlobArchived", "unreadable"), (404, "BlobNotFound", "missing")]
+)
+def test_a_blob_that_is_archived_or_deleted_is_a_bad_input(
+    status: int, told: str, code: str, azure: ScriptedStore
+) -> None:
+    azure.answer("devstoreaccount1/photos/a.jpg", Answer(status, told))
+    assert code_of(fetcher(Source("az://photos"), StoreOptions(anonymous=True)), ObjectRef("a.jpg")) == code
+
+
+def test_a_container_that_is_gone_is_no_bad_input(azure: ScriptedStore) -> None:
+    azure.answer("devstoreaccount1/photos/a.jpg", Answer(404, "ContainerNotFound"))
+    with pytest.raises(SourceError, match="there is no bucket at az://photos"):
+        fetcher(Source("az://photos"), StoreOptions(anonymous=True))(ObjectRef("a.jpg"))
 
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from infermill.meter import Meter
 from infermill.models.model import Model
 from infermill.models.opening import open_model
 from infermill.output import Output
-from infermill.record import check_same_job, fingerprint, read_record
+from infermill.record import check_same_job, discard_record, fingerprint, read_record
 from infermill.runtimes.openvino import precisions
 from infermill.tuning import Work
 from infermill.worker import load_predictor
@@ -396,6 +396,38 @@ def test_every_problem_of_the_model_comes_before_the_source_is_looked_at(card: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_misfit_that_only_the_loaded_network_tells_leaves_no_job(
+    overwrite: bool, card: Path, photos: Path, tmp_path: Path
+) -> None:
+    tiny_classifier(card.parent / "tiny.onnx", CLASSES, classes_hidden=True)
+    labels = (card.parent / "labels.txt").read_text()
+    (card.parent / "labels.txt").write_text("only\nthree\nlabels\n")
+    existing: Literal["overwrite", "resume"] = "overwrite" if overwrite else "resume"
+    with pytest.raises(ModelError, match="answers 10 numbers per input in `shown`, and the card has 3 classes"):
+        infermill.run(photos, card, tmp_path / "out", existing=existing)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    (card.parent / "labels.txt").write_text(labels)
+    assert infermill.run(photos, card, tmp_path / "out").ok == 20
+    assert infermill.verify(tmp_path / "out").problem_count == 0
+
+
+def test_another_runs_job_is_not_taken_back(card: Path, photos: Path, tmp_path: Path) -> None:
+    tiny_classifier(card.parent / "tiny.onnx", CLASSES, classes_hidden=True)
+    out = Output(str(tmp_path / "out"), Options())
+    infermill.run(photos, card, tmp_path / "out", Options(partition_objects=10))
+    mine = read_record(out)
+    assert mine is not None
+    discard_record(out, mine)  # it has parts
+    assert read_record(out) == mine
+    infermill.run(photos, card, tmp_path / "out", existing="overwrite")
+    for part in (tmp_path / "out").glob("part-*"):
+        part.unlink()
+    other = read_record(out)
+    discard_record(out, mine)
+    assert read_record(out) == other
+
+
 def test_an_empty_source_is_an_error_and_leaves_no_job(card: Path, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing/readme.txt").touch()
@@ -407,6 +439,31 @@ def test_an_empty_source_is_an_error_and_leaves_no_job(card: Path, tmp_path: Pat
 def test_a_missing_source_is_an_error(card: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         infermill.run(tmp_path / "missing", card, tmp_path / "out")
+
+
+def test_the_limit_of_pixels_is_that_of_the_options(card: Path, photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 41), "teal").save(photos / "larger.png")
+    summary = infermill.run(photos, card, tmp_path / "out", Options(max_pixels=48 * 40))
+    assert (summary.ok, summary.failures_by_code, summary.example_keys) == (
+        20,
+        {"too_large": 1},
+        {"too_large": "larger.png"},
+    )
+
+
+def test_the_decode_profile_is_that_of_the_options(card: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photos/noise.jpg", quality=90)
+    scores = []
+    for options in (Options(decode="exact"), Options(decode="fast")):
+        infermill.run(tmp_path / "photos", card, tmp_path / options.decode, options)
+        (row,) = infermill.read(tmp_path / options.decode).to_pylist()
+        (expected,) = infermill.load_model(card, options)([tmp_path / "photos/noise.jpg"])
+        assert expected.top is not None
+        scores.append(row["top"][0]["score"])
+        assert scores[-1] == pytest.approx(expected.top[0].score, abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-4
 
 
 def test_an_estimate_writes_nothing_and_foresees_failures(card: Path, photos: Path, tmp_path: Path) -> None:

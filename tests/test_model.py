@@ -108,6 +108,17 @@ def test_an_object_that_is_missing_is_told(bucket: Bucket, tmp_path: Path) -> No
         open_model(f"{bucket.uri}/tiny.onnx", bucket.options)
 
 
+# --- labels
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_labels_are_lines_and_no_byte_order_mark(line_end: str, tmp_path: Path) -> None:
+    labels = ("tench", "a\u2028b", "", "c\x0bd", "e\x0cf", "g\x85h", "\ufeffi", "j", "k", "l")
+    (tmp_path / "labels.txt").write_bytes((line_end.join(labels) + line_end).encode("utf-8-sig"))
+    card = card_of(tiny_classifier(tmp_path / "tiny.onnx"), labels=str(tmp_path / "labels.txt"))
+    assert open_model(card, StoreOptions()).labels == labels
+
+
 # --- the cache
 
 

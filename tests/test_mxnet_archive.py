@@ -53,7 +53,11 @@ def test_the_manifest_before_1_0_says_which_files_are_meant(tmp_path: Path) -> N
 
 
 def test_labels_without_numbers_stay_as_they_are(tmp_path: Path) -> None:
-    for text, labels in (("n02123045 tabby\ncat\n", ("n02123045 tabby", "cat")), ("a b\n\nc", ("a b", "", "c"))):
+    for text, labels in (
+        ("n02123045 tabby\ncat\n", ("n02123045 tabby", "cat")),
+        ("a b\n\nc", ("a b", "", "c")),
+        ("\ufeffa\u2028b\r\nc", ("a\u2028b", "c")),
+    ):
         assert unpack_archive(write_archive(tmp_path / "x.mar", archive_files(synset_txt=text))).labels == labels
 
 

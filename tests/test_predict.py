@@ -1,5 +1,6 @@
 """`load_model(card) -> predict`, in memory."""
 
+import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def test_one_picture_in_every_form_has_one_prediction(card: infermill.ModelCard,
 
 def test_bad_inputs_have_an_error_and_keep_their_place(card: infermill.ModelCard, tmp_path: Path) -> None:
     good = np.zeros((40, 40, 3), np.uint8)
-    predictions = infermill.load_model(card)([good, b"", tmp_path / "missing.jpg", b"<html>", good])
-    assert [one.error and one.error.code for one in predictions] == [None, "empty", "missing", "unsupported", None]
-    assert [one.top is None for one in predictions] == [False, True, True, True, False]
+    predictions = infermill.load_model(card)([good, b"", tmp_path / "missing.jpg", "a\0.jpg", b"<html>", good])
+    codes = [None, "empty", "missing", "missing", "unsupported", None]
+    assert [one.error and one.error.code for one in predictions] == codes
+    assert [one.top is None for one in predictions] == [code is not None for code in codes]
 
 
 def test_uris_are_fetched(card: infermill.ModelCard, bucket: Bucket, tmp_path: Path) -> None:
@@ -92,6 +94,16 @@ def test_a_grey_array_and_a_wrong_one(card: infermill.ModelCard) -> None:
     as_rgb = np.stack([grey] * 3, axis=2)
     first, second = predict([grey, as_rgb])
     assert first.top == second.top
+
+
+def test_the_limit_of_pixels_is_that_of_the_options_in_every_form(card: infermill.ModelCard) -> None:
+    pixels = np.zeros((40, 50, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    forms: list[infermill.predict.Input] = [pixels, Image.fromarray(pixels), file.getvalue()]
+    for max_pixels, code in ((40 * 50, None), (40 * 50 - 1, "too_large")):
+        predict = infermill.load_model(card, infermill.Options(max_pixels=max_pixels))
+        assert [one.error and one.error.code for one in predict(forms)] == [code] * 3
 
 
 # --- tensors

@@ -32,6 +32,8 @@ def test_elsewhere_than_in_a_terminal_there_are_log_lines(
         meter.listed = 1234
         time.sleep(0.2)
         meter.todo, meter.model_loads = 100, 1
+        meter.stage_seconds["decode"] += 3
+        meter.stage_seconds["predict"] += 2
         for number in range(25):
             meter.fetched(1_000_000)
             meter.settled(1, "truncated" if number == 3 else None)
@@ -39,7 +41,9 @@ def test_elsewhere_than_in_a_terminal_there_are_log_lines(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "listing: 1,234 objects\n" in captured.err
-    assert re.search(r"^ +\d s  25/100 · 25 MB · [\d,.]+/s · ETA \S+ s · 1 failed$", captured.err, re.MULTILINE)
+    assert re.search(
+        r"^ +\d s  25/100 · 25 MB · [\d,.]+/s · ETA \S+ s · 1 failed · decode-bound$", captured.err, re.MULTILINE
+    )
     assert "\x1b" not in captured.err
 
 

@@ -613,3 +613,32 @@ def test_names_in_the_network_do_not_collide_with_those_in_front(tmp_path: Path)
         np.testing.assert_allclose(
             answer(load(model, runtime, threads=1), pictures(2)), original(model_of(path), pictures(2))[0], atol=1e-5
         )
+
+
+# --- a GPU
+
+
+def test_a_gpu_is_taken_where_onnx_runtime_finds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime as if it were onnxruntime-gpu on a machine with a GPU; the processor computes in its place."""
+    asked: list[Any] = []
+    session = ort.InferenceSession
+
+    def on_gpu(network: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+        asked.extend(providers)
+        started = session(network, options, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(started, "get_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        return started
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", on_gpu)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("libcudart.so.12 was not found"))
+    model = model_of(tiny_classifier(tmp_path / "tiny.onnx"))
+    predictor = load(model, "onnxruntime", threads=4, streams=3)
+    assert (predictor.device, predictor.streams, predictor.batch_size) == ("cuda", 2, 64)
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+    assert capfd.readouterr().out == ""
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    batch = pictures(3)
+    np.testing.assert_allclose(answer(predictor, batch), original(model, batch)[0], atol=TOLERANCE)

@@ -1,5 +1,6 @@
 import fnmatch
 import glob
+import io
 import os
 import re
 import string
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from infermill.errors import InfermillError, SourceError, StoreError, UsageError
 from infermill.fetch import fetcher
-from infermill.sources import IMAGE_SUFFIXES, canonical, list_source, objects
+from infermill.sources import IMAGE_SUFFIXES, canonical, list_source, objects, rereadable
 from infermill.stores import is_nameable
 from infermill.types import ObjectRef, StoreOptions
 from tests.servers import Bucket
@@ -587,7 +588,23 @@ def test_an_unreadable_manifest_is_told(
         listed(f"{shared_path}/list.txt")
 
 
-def test_a_manifest_on_standard_input(tmp_path: Path) -> None:
+def parquet_of(keys: Sequence[str]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"uri": pa.array(keys, pa.string())}), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (b"a b.jpg\n\ns3://b/c\n", ["a b.jpg", "s3://b/c"]),
+        (b"PAR1.jpg\n", ["PAR1.jpg"]),
+        (b"", []),
+        (parquet_of(["a.jpg", "b.jpg"]), ["a.jpg", "b.jpg"]),
+        (parquet_of([]), []),
+    ],
+)
+def test_a_manifest_on_standard_input(content: bytes, keys: list[str], tmp_path: Path) -> None:
     program = (
         "from infermill.sources import list_source, rereadable\n"
         "from infermill.types import StoreOptions\n"
@@ -595,10 +612,15 @@ def test_a_manifest_on_standard_input(tmp_path: Path) -> None:
         "    source, batches = list_source(uri, None, StoreOptions())\n"
         "    print(source.root, [key for batch in batches for key in batch['key'].to_pylist()])\n"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", program], input=b"a b.jpg\n\ns3://b/c\n", capture_output=True, cwd=tmp_path, check=True
-    )
-    assert told.stdout.decode() == f"{tmp_path} ['a b.jpg', 's3://b/c']\n"
+    told = subprocess.run([sys.executable, "-c", program], input=content, capture_output=True, cwd=tmp_path, check=True)
+    assert told.stdout.decode() == f"{tmp_path} {keys}\n"
+
+
+def test_a_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="is closed") as caught, rereadable("-"):
+        pass
+    assert caught.value.hint
 
 
 def test_the_suffixes_of_images_are_lower_case() -> None:

@@ -6,6 +6,7 @@ second: it imports its own meanwhile.
 
 import os
 import sys
+from collections.abc import Sequence
 from io import TextIOWrapper
 from threading import Thread
 
@@ -53,10 +54,20 @@ def _stop() -> None:
     from infermill.report import print_problem
 
     hide()
-    print_problem("stopped", "finished parts stay: `infermill run` with the same arguments resumes")
+    print_problem("stopped", _how_to_go_on(sys.argv[1:]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    command = arguments[0] if arguments else ""
+    if command in JOBS:
+        how = "without --overwrite, and otherwise " if "--overwrite" in arguments else ""
+        return f"finished parts stay: `infermill {command}` {how}with the same arguments resumes"
+    if command == "datasets":
+        return "what is written stays: the same command writes what is missing"
+    return "the same command starts anew"
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ class _Versions:
     @staticmethod
     def of(rows: pa.Table | pa.RecordBatch) -> "_Versions":
         sizes = pc.fill_null(rows["size"], -1).to_numpy(zero_copy_only=False)
-        return _Versions(_digests(rows["key"]), _digests(rows["etag"]), sizes)
+        # Azure lists etags without the quotes that they have when one object is asked for, as `retry` does.
+        etags = pc.utf8_trim(rows["etag"], characters='"')
+        return _Versions(_digests(rows["key"]), _digests(etags), sizes)
 
     @staticmethod
     def joined(parts: "Sequence[_Versions]") -> "_Versions":

@@ -66,7 +66,12 @@ def run(
         from infermill.progress import show_progress
 
         existing: job.Existing = "append" if append else "overwrite" if overwrite else "resume"
-        summary = job.run(source, model, output, options, card, show_progress, existing, engine)
+        try:
+            summary = job.run(source, model, output, options, card, show_progress, existing, engine)
+        except BudgetError as error:
+            if json and error.summary is not None:
+                print(jsonlib.dumps(error.summary.as_json()))
+            raise
     print(jsonlib.dumps(summary.as_json()) if json else report.summary_text(summary))
     return _within_budget(f"{summary.failed:,}", summary.failed, summary.planned, options)
 
@@ -124,7 +129,10 @@ def plan(
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,
 ) -> int:
-    """Count SOURCE and predict a sample of it: how long the job will take, and what will fail. Writes nothing."""
+    """Count SOURCE and predict a sample of it: how long the job will take, and what will fail.
+
+    Writes nothing but the cache: models from a store, and the streams and the batch that a long job will take.
+    """
     from infermill import report
     from infermill.estimation import estimate as estimate_job
 

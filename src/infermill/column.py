@@ -145,7 +145,8 @@ def _stages(kind: pa.DataType | None, model: Model, options: Options, predictor:
             return decode(value)
         if preprocess is not None:
             # Spark has no unsigned bytes: what comes from its columns are wider integers.
-            return prepare_array(to_row(value, np.shape(value), "uint8"), preprocess, options.decode, sized=sized)
+            row = to_row(value, np.shape(value), "uint8")
+            return prepare_array(row, preprocess, options.decode, options.max_pixels, sized=sized)
         return to_row(value, shape, dtype)
 
     if kind is None:

@@ -121,7 +121,7 @@ def _precisions() -> Finding:
         module = importlib.import_module("infermill.runtimes.openvino")
         found = module.precisions()
     except _BROKEN as error:
-        return replace(_broken("precisions", error), hint="", optional=True)
+        return replace(_broken("openvino", error), name="precisions", optional=True)
     lacking = [name for name in module.PRECISIONS if name not in found]
     told = f"{', '.join(found)} with OpenVINO"
     if lacking:

@@ -11,6 +11,7 @@ from typing import Any
 
 from infermill.budget import Budget
 from infermill.engines import Engine
+from infermill.errors import BudgetError
 from infermill.jobspec import Job
 from infermill.meter import Meter
 from infermill.models.model import Model
@@ -70,7 +71,7 @@ class Driver:
         )
         if not revised.objects:
             self.place.remove([SUCCESS_FILE])
-            self._run(job, ids, record.objects)
+            self._run(job, ids, record)
             return
         self.place.probe_update()
         self.place.remove([SUCCESS_FILE])
@@ -78,11 +79,11 @@ class Driver:
         name = f"{FOLDER}/revisions/{uuid.uuid4().hex}.parquet"
         self.place.create(name, revision)
         try:
-            self._run(replace(job, revision=name), [*ids, *revised.partitions], record.objects)
+            self._run(replace(job, revision=name), [*ids, *revised.partitions], record)
         finally:
             self.place.delete([name])
 
-    def _run(self, job: Job, ids: Sequence[int], planned: int) -> None:
+    def _run(self, job: Job, ids: Sequence[int], record: Record) -> None:
         budget = Budget.parse(self.options.max_failures)
         failed = sum(report.failed for report in self.reports.values())
         settled = failed + sum(report.ok for report in self.reports.values())
@@ -91,8 +92,13 @@ class Driver:
             self.reports[report.partition] = report
             failed += report.failed - (was.failed if was else 0)
             settled += 0 if was else report.ok + report.failed
-            if was is None:  # superseding rows can only better it
-                budget.check(failed, settled, planned)
+            if was is not None:  # superseding rows can only better it
+                continue
+            try:
+                budget.check(failed, settled, record.objects)
+            except BudgetError as error:
+                error.summary = self.summary(record)
+                raise
 
     def summary(self, record: Record) -> Summary:
         """What is known of the job by now."""

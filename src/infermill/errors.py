@@ -3,6 +3,7 @@
 InfermillError              exit 1; message, and a hint that says what to do next
 ├── UsageError              exit 2; the command or a setting cannot be right
 │   ├── ModelError          the model card, or the network that it names
+│   │   └── MisfitError     how the network answered when it was first run, which is the same wherever it is
 │   └── JobMismatchError    the output holds another job
 ├── BudgetError             exit 3; more objects fail than the budget allows; the job can be resumed
 ├── EvidenceError           exit 3; a network in less precision agrees less than was asked for; nothing is written
@@ -15,8 +16,9 @@ BadInputError               one input cannot be predicted: caught at one place i
 """
 
 import signal
+from pathlib import Path
 
-from infermill.types import Failure, FailureCode, Stage
+from infermill.types import Failure, FailureCode, Stage, Summary
 
 
 class InfermillError(Exception):
@@ -43,14 +45,22 @@ class ModelError(UsageError):
     """The model card is wrong, or the network does not fit it."""
 
 
+class MisfitError(ModelError):
+    """The network has been loaded, and its answer to a blank input does not fit its card."""
+
+
 class JobMismatchError(UsageError):
     """The output holds a job with another fingerprint."""
 
 
 class BudgetError(InfermillError):
-    """More objects fail than the budget allows. What is finished stays, and the job can be resumed."""
+    """More objects fail than the budget allows. What is finished stays, and the job can be resumed.
+
+    `summary` is that of the objects that were done until then, where a job has been stopped.
+    """
 
     exit_code = 3
+    summary: Summary | None = None
 
 
 class EvidenceError(InfermillError):
@@ -69,6 +79,17 @@ class RuntimeDiedError(InfermillError):
     def __init__(self, message: str, hint: str = "", status: int = 1) -> None:
         super().__init__(message, hint)
         self.status = status
+
+
+def guide(name: str) -> str:
+    """Where the document is that a hint points to: in the installed package, or else in the repository.
+
+    Example:
+        >>> guide("model-card.md")
+        'docs/model-card.md'
+    """
+    installed = Path(__file__).with_name("docs") / name
+    return str(installed) if installed.is_file() else f"docs/{name}"
 
 
 def death_of(status: int) -> str:

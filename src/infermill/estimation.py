@@ -1,4 +1,4 @@
-"""What a job would be, told without writing anything: count the source, predict a sample of it."""
+"""What a job would be, told without an output: count the source, predict a sample of it."""
 
 import time
 from dataclasses import dataclass, replace
@@ -46,7 +46,9 @@ def estimate(
     options: Options | None = None,
     card_options: CardOptions | None = None,
 ) -> Estimate:
-    """Count the source and predict a random sample of 64 objects; nothing is written.
+    """Count the source and predict a random sample of 64 objects; there is no output.
+
+    Streams and batch are probed and kept in the cache, as the job would do, if it will be long enough.
 
     Raises:
         ModelError, SourceError, StoreError: as `run`.

@@ -19,6 +19,7 @@ from infermill.hosts import is_web
 from infermill.patience import is_passing, patiently
 from infermill.reader import open_file
 from infermill.stores import (
+    NO_BUCKET,
     STORE_ERRORS,
     Location,
     boto3_errors,
@@ -45,6 +46,7 @@ MAX_OBJECT_BYTES = 1 << 30
 DENIED_AT_FIRST = 64
 "Where no object could be read, so many may be denied before the credentials are at fault."
 WITNESS_SECONDS = 10.0
+_ARCHIVED = {"InvalidObjectState", "BlobArchived"}  # S3's word, and Azure's
 # Of the machine or a network file system, and not of one file.
 _FAULTS = {
     errno.EMFILE,
@@ -150,11 +152,11 @@ class _Bucket:
     def _judge(self, error: Exception, place: Location) -> Exception:
         """What a failed get of an object means: its row, or the end of the job."""
         code = error_code(error)
-        if code == "NoSuchKey" or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
+        if code == "NoSuchKey" or (isinstance(error, FileNotFoundError) and code not in NO_BUCKET):
             return BadInputError("fetch", "missing", "it is not there")
         if code == "PreconditionFailed" or isinstance(error, PreconditionError):
             return BadInputError("fetch", "changed", "it was overwritten after the source was listed")
-        if code == "InvalidObjectState":
+        if code in _ARCHIVED:
             return BadInputError("fetch", "unreadable", "it is archived, and must be restored first")
         if code == "AccessDenied" and self._grants_others(place):
             return BadInputError("fetch", "unreadable", "access to this object is denied")

@@ -20,7 +20,7 @@ from infermill.budget import Budget
 from infermill.changes import Changes, failed_rows
 from infermill.driver import Driver
 from infermill.engines import Engine
-from infermill.errors import SourceError, StoreError, UsageError
+from infermill.errors import MisfitError, SourceError, StoreError, UsageError
 from infermill.jobspec import check_options, suffixes_of
 from infermill.meter import Meter
 from infermill.models.card import ModelCard
@@ -37,6 +37,7 @@ from infermill.record import (
     append_record,
     check_same_job,
     create_record,
+    discard_record,
     fingerprint,
     model_reference,
     move_aside,
@@ -85,7 +86,7 @@ def run(
         engine: where the workers run: a Spark session, classic or Connect; None starts what `options.engine` says.
 
     Raises:
-        ModelError: the card or the network is wrong; raised before the first object is read.
+        ModelError: the card or the network is wrong; raised before the first object is predicted, and no job is left.
         JobMismatchError: `output` holds a job with another fingerprint.
         SourceError: `source` does not exist, cannot be listed, or is empty.
         StoreError: a store refuses or does not answer; what is finished stays, and the same call resumes.
@@ -113,10 +114,16 @@ def run(
         if record is None:
             place.probe()
             kept = {"model": model_reference(model), "card_options": absolute(card_options)}
-            record = _plan(driver, listed, now, kept, existing == "overwrite")
+            record, is_ours = _plan(driver, listed, now, kept, existing == "overwrite")
             changes = {"new": record.objects, "changed": 0, "unchanged": 0}
             check_same_job(record, now, place.uri)
-            driver.finish(record)
+            try:
+                driver.finish(record)
+            except MisfitError:
+                # Who else works on it gets the same answer from the same network, and has begun nothing either.
+                if is_ours and not meter.model_loads:
+                    discard_record(place, record)
+                raise
         elif existing == "append":
             check_same_job(record, now, place.uri, appending=True)
             record, changes = _append(driver, listed, now["source"], record)
@@ -224,8 +231,13 @@ def _profile_folder(options: Options) -> str | None:
     return f"{FOLDER}/profile/{datetime.now(UTC):%Y%m%d-%H%M%S}" if options.profile else None
 
 
-def _plan(driver: Driver, source: str, now: Mapping[str, Any], kept: Mapping[str, Any], overwrite: bool) -> Record:
-    """List the source, write the plan, then the record that names it: who creates that first, wins."""
+def _plan(
+    driver: Driver, source: str, now: Mapping[str, Any], kept: Mapping[str, Any], overwrite: bool
+) -> tuple[Record, bool]:
+    """List the source, write the plan, then the record that names it: who creates that first, wins.
+
+    Returns the job that counts, and whether it is ours.
+    """
     started = time.perf_counter()
     options = driver.options
     where, batches = list_source(source, options.suffix, options, suffixes_of(driver.model))
@@ -238,7 +250,8 @@ def _plan(driver: Driver, source: str, now: Mapping[str, Any], kept: Mapping[str
         folder = move_aside(driver.place, plan.files)
         if folder is not None:
             logger.info("the old job lies in %s/%s", driver.place.uri, folder)
-    return create_record(driver.place, plan, Record(now, where, (plan.info,), **kept))
+    record = create_record(driver.place, plan, Record(now, where, (plan.info,), **kept))
+    return record, plan.info in record.plans
 
 
 def _append(driver: Driver, source: str, named: str, record: Record) -> tuple[Record, dict[str, Any]]:

@@ -149,9 +149,9 @@ def _image_rows(
 
     def to_pixels(item: Any) -> Row:
         if isinstance(item, PIL.Image.Image):
-            return prepare(item, preprocess, options.decode, sized=sized)
+            return prepare(item, preprocess, options.decode, options.max_pixels, sized=sized)
         if isinstance(item, np.ndarray):
-            return prepare_array(item, preprocess, options.decode, sized=sized)
+            return prepare_array(item, preprocess, options.decode, options.max_pixels, sized=sized)
         return decode(content_of(item))
 
     return to_pixels
@@ -182,6 +182,8 @@ def _content(item: bytes | str | os.PathLike[str]) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise BadInputError("fetch", "missing", f"{path} does not exist") from None
+    except ValueError:
+        raise BadInputError("fetch", "missing", "no file has a name with a null character") from None
     except OSError as error:
         raise BadInputError("fetch", "unreadable", f"{path}: {error.strerror}") from None
 

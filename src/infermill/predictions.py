@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infermill.detection import Detector
-from infermill.errors import ModelError
+from infermill.errors import MisfitError
 from infermill.models.card import Preprocess
 from infermill.models.geometry import in_image, sized_type
 from infermill.models.model import Model
@@ -85,7 +85,7 @@ class Raw:
         self._names = names
         for name, array in zip(names, examples, strict=True):
             if not array.size:
-                raise ModelError(
+                raise MisfitError(
                     f"the output `{name}` is {list(array.shape)} for a blank input: its length depends on the input",
                     "outputs must have one shape; end the network before that part",
                 )

@@ -232,6 +232,16 @@ def create_record(place: Output, plan: NewPlan, record: Record) -> Record:
     return _created(place, plan, JOB_FILE, content)
 
 
+def discard_record(place: Output, record: Record) -> None:
+    """Take back a job that nobody can begin, if it is still the one that the output holds.
+
+    Only who has created it may: until then no other job takes its place, but by --overwrite.
+    """
+    if read_record(place) == record and not place.parts():
+        files = [f"{PLAN_FOLDER}/{name}" for plan in record.plans for name, _ in plan.files]
+        place.delete([JOB_FILE, *files])  # in this order: a plan without a record is no job
+
+
 def append_record(place: Output, plan: NewPlan, record: Record, appended: str) -> Record:
     """Append `plan` to the job, and return the job as it is then; another driver may have been faster.
 

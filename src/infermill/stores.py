@@ -51,6 +51,8 @@ _DENIED = {
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _LONGEST_DEADLINE_SECONDS = 86_400
 _SSO = re.compile(r"SSO Token|SSO session|token from sso")
+NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+"What S3 and Azure call it."
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
 
 
@@ -322,7 +324,7 @@ def _seconds(count: float) -> "timedelta":
 def explain(error: Exception, uri: str) -> InfermillError:
     """The error of a store in the words of a user: what happened, where, and what to do next."""
     uri = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in uri)
-    if error_code(error) in {"NoSuchBucket", "ContainerNotFound"}:
+    if error_code(error) in NO_BUCKET:
         return SourceError(f"there is no bucket at {uri}", "check the bucket's name, and --endpoint-url or --region")
     if isinstance(error, FileNotFoundError):
         return SourceError(f"{uri} does not exist", "check the path")
@@ -353,7 +355,7 @@ def _explain_answer(error: Exception, uri: str) -> StoreError:
 
 
 def error_code(error: Exception) -> str | None:
-    """S3's own name for what is wrong."""
+    """The store's own name for what is wrong."""
     match = _CODE.search(_told(error))
     return (match[1] or match[2]) if match else None
 

@@ -192,7 +192,8 @@ def stages_of(
     else:
         decode = image_decoder(preprocess, options.decode, options.max_pixels, sized=needs_sizes(model))
         if holds_pixels:
-            decode = _of_array(functools.partial(prepare_array, sized=needs_sizes(model)), preprocess, options.decode)
+            prepare = functools.partial(prepare_array, sized=needs_sizes(model))
+            decode = _of_array(prepare, preprocess, options.decode, options.max_pixels)
     return Stages(
         fetch=member_fetcher(source, options) if source.shards else fetcher(source, options),
         decode=decode,

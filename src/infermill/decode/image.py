@@ -126,7 +126,12 @@ def image_decoder(
 
 
 def prepare(
-    image: Image.Image, preprocess: Preprocess, profile: DecodeProfile = "exact", *, sized: bool = False
+    image: Image.Image,
+    preprocess: Preprocess,
+    profile: DecodeProfile = "exact",
+    max_pixels: int = MAX_PIXELS,
+    *,
+    sized: bool = False,
 ) -> Row:
     """What `image_decoder` makes of a Pillow image of any mode: uint8 RGB [height, width, 3]; raises BadInputError.
 
@@ -135,14 +140,20 @@ def prepare(
         >>> prepare(Image.new("L", (3, 5), 7), Preprocess(crop=Crop(center=(1, 1)))).tolist()
         [[[7, 7, 7]]]
     """
-    with _pillow(b""):
+    check_pixels(*image.size, max_pixels)
+    with _pillow(b"", max_pixels):
         picture = _upright_rgb(image)
-    pixels = fit(picture, preprocess, profile, MAX_PIXELS)
+    pixels = fit(picture, preprocess, profile, max_pixels)
     return with_size(pixels, picture) if sized else pixels
 
 
 def prepare_array(
-    array: NDArray[Any], preprocess: Preprocess, profile: DecodeProfile = "exact", *, sized: bool = False
+    array: NDArray[Any],
+    preprocess: Preprocess,
+    profile: DecodeProfile = "exact",
+    max_pixels: int = MAX_PIXELS,
+    *,
+    sized: bool = False,
 ) -> Row:
     """Resize and crop a uint8 array, RGB [height, width, 3] or grey [height, width], to uint8 RGB [height, width, 3].
 
@@ -160,7 +171,7 @@ def prepare_array(
         _refuse("empty", f"an array without pixels: {list(array.shape)}")
     rgb = array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2)
     picture = Picture(rgb, rgb.shape[1], rgb.shape[0])
-    pixels = fit(picture, preprocess, profile, MAX_PIXELS)
+    pixels = fit(picture, preprocess, profile, max_pixels)
     return with_size(pixels, picture) if sized else pixels
 
 
@@ -208,7 +219,7 @@ def _jpeg_orientation(data: bytes) -> int:
     at = 2
     while data[at : at + 2] != b"\xff\xda":
         if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] in {b"\xe1", b"\xff"}:
-            with _pillow(data):
+            with _pillow(data, MAX_PIXELS):
                 return _orientation(JpegImageFile(io.BytesIO(data)))
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return 1
@@ -222,7 +233,7 @@ def _read(data: bytes, max_pixels: int) -> Picture:
         head = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip()
         look = next((f"looks like {name}" for pattern, name in _LOOKS_LIKE.items() if re.match(pattern, head)), None)
         _refuse("unsupported", look or f"no image format that begins with {data[:8].hex(' ')}")
-    with _pillow(data):
+    with _pillow(data, max_pixels):
         image = reader(io.BytesIO(data))
         check_pixels(*image.size, max_pixels)
         return _upright_rgb(image)
@@ -255,8 +266,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 class _StrictAndSilent:
-    """Holds two settings of the process while any thread reads with Pillow: truncated files are errors, though another
-    library may have said otherwise, and there are no warnings, such as those about metadata.
+    """Holds three settings of the process while any thread reads with Pillow: truncated files are errors, though
+    another library may have said otherwise; there are no warnings, such as those about metadata; and what Pillow
+    itself refuses as too large is not smaller than what is allowed here. Raised and not switched off, its limit still
+    holds for what is allocated before the size is known here: the canvas of a WebP, a tile of a TIFF.
 
     Threads are counted: if each saved and restored by itself, one would restore what another one had set.
     """
@@ -267,18 +280,28 @@ class _StrictAndSilent:
         self._lock = threading.Lock()
         self._threads = 0
         self._was_tolerant = False
+        self._had_limit: int | None = None
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def hold(self, max_pixels: int) -> Iterator[None]:
+        """Hold them in this thread."""
         # Not by warnings.filterwarnings, after which the process shows anew the warnings that it shows once.
         filters = cast(list[Any], warnings.filters)
         with self._lock:
             self._threads += 1
             if ImageFile.LOAD_TRUNCATED_IMAGES:
                 self._was_tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = True, False
+            limit = Image.MAX_IMAGE_PIXELS  # half of what it refuses
+            if limit is not None and 2 * limit < max_pixels:
+                self._had_limit, Image.MAX_IMAGE_PIXELS = self._had_limit or limit, -(-max_pixels // 2)
             if filters[:1] != [self._silence]:
                 filters.insert(0, self._silence)
+        try:
+            yield
+        finally:
+            self._release()
 
-    def __exit__(self, *_: object) -> None:
+    def _release(self) -> None:
         filters = cast(list[Any], warnings.filters)
         with self._lock:
             self._threads -= 1
@@ -286,15 +309,17 @@ class _StrictAndSilent:
                 filters[:] = [entry for entry in filters if entry != self._silence]
                 if self._was_tolerant:
                     self._was_tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = False, True
+                if self._had_limit is not None:
+                    self._had_limit, Image.MAX_IMAGE_PIXELS = None, self._had_limit
 
 
 _STRICT_AND_SILENT = _StrictAndSilent()
 
 
 @contextmanager
-def _pillow(data: bytes) -> Iterator[None]:
+def _pillow(data: bytes, max_pixels: int) -> Iterator[None]:
     """Pillow at work on `data`: what it raises becomes BadInputError."""
-    with _STRICT_AND_SILENT:
+    with _STRICT_AND_SILENT.hold(max_pixels):
         try:
             yield
         except Image.DecompressionBombError as error:

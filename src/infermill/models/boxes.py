@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from infermill.errors import ModelError
+from infermill.errors import ModelError, guide
 from infermill.models.card import ModelCard
 from infermill.models.onnx import FLOAT_DTYPES, Dim, NetworkInfo, TensorInfo
 from infermill.types import DetectionFormat
@@ -70,7 +70,7 @@ def check_boxes(
     name = card.output.format
     if name is None:
         told = _told_by_shape(outputs[0], size)
-        hint = f"set it to {told}" if told else f"set it to one of: {', '.join(FORMATS)}; see docs/detection.md"
+        hint = f"set it to {told}" if told else f"set it to one of: {', '.join(FORMATS)}; see {guide('detection.md')}"
         raise ModelError("the task detection needs `output.format`", hint)
     if name in SEVERAL:
         _check_parts(card, outputs)

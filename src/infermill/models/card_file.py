@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from yaml.constructor import ConstructorError
 
-from infermill.errors import ModelError
+from infermill.errors import ModelError, guide
 from infermill.models.card import ModelCard
 from infermill.models.files import CARD, read_bounded
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CARD = TypeAdapter(ModelCard)
 MAX_SCALAR_CHARS = 4096
-_FIELDS_HINT = "see docs/model-card.md for every field"
+_FIELDS_HINT = f"see {guide('model-card.md')} for every field"
 # PyYAML's own, and what it lets through where a scalar or a nesting is not what its tag or Python can take.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
@@ -51,7 +51,7 @@ def read_card(path: Path) -> ModelCard:
         data = yaml.load(content.decode(), _CardLoader)  # noqa: S506 - a SafeLoader
     except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{path} is not YAML: {reason}", "see docs/model-card.md for an example") from None
+        raise ModelError(f"{path} is not YAML: {reason}", f"see {guide('model-card.md')} for an example") from None
     return parse_card(data, str(path))
 
 
@@ -133,4 +133,5 @@ def card_schema() -> dict[str, Any]:
     """The JSON Schema of a card (draft 2020-12), as published in docs/model-card.schema.json."""
     said, _, _ = (ModelCard.__doc__ or "").partition("\n")
     draft = "https://json-schema.org/draft/2020-12/schema"
-    return {"$schema": draft, **_CARD.json_schema(), "title": "infermill model card", "description": said}
+    name = "urn:infermill:model-card"
+    return {"$schema": draft, "$id": name, **_CARD.json_schema(), "title": "infermill model card", "description": said}

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ NETWORK = FileKind("the network")
 SYMBOL = FileKind("the symbol", "a symbol is the JSON file that MXNet saves as PREFIX-symbol.json", MAX_SYMBOL_BYTES)
 PARAMS = FileKind("the parameters file", "parameters are what MXNet saves as PREFIX-0000.params")
 ARCHIVE = FileKind("the archive")
+_LINE_END = re.compile(r"\r\n?|\n")
 PATH_HINT = "check the path; those in a card are relative to the card"
 
 
@@ -108,6 +110,20 @@ def read_bounded(path: Path, kind: FileKind) -> bytes:
         raise unreadable(kind, path, error) from None
     _check_size(kind, str(path), len(content))
     return content
+
+
+def label_lines(content: bytes) -> tuple[str, ...]:
+    """The lines of a labels file, without a byte order mark; a label may hold what `str.splitlines` ends lines at.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+
+    Example:
+        >>> label_lines(b"tench\\r\\ngoldfish\\n")
+        ('tench', 'goldfish')
+    """
+    text = content.decode("utf-8-sig").rstrip()
+    return tuple(line.strip() for line in _LINE_END.split(text)) if text else ()
 
 
 def unreadable(kind: FileKind, path: Path, error: OSError | ValueError) -> ModelError:

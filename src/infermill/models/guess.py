@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infermill.errors import ModelError
+from infermill.errors import ModelError, guide
 from infermill.models.boxes import FORMATS, guess_boxes
 from infermill.models.card import Files, ModelCard
 from infermill.models.card_file import parse_card
@@ -119,7 +119,7 @@ def _guess_boxes(network: str, info: NetworkInfo, given: CardOptions) -> dict[st
         return guessed if guessed and guessed["format"] == given.format else {"format": given.format}
     if guessed is None and given.task == "detection":
         listed = ", ".join(map(str, info.outputs))
-        hint = f"say which with --format: {', '.join(FORMATS)}; see docs/detection.md"
+        hint = f"say which with --format: {', '.join(FORMATS)}; see {guide('detection.md')}"
         raise ModelError(f"{network} writes boxes in no format that its outputs tell: {listed}", hint)
     return guessed
 

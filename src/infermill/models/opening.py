@@ -17,6 +17,7 @@ from infermill.models.files import (
     SYMBOL,
     beside,
     file_here,
+    label_lines,
     name_of,
     network_here,
     read_bounded,
@@ -221,7 +222,7 @@ def read_labels(card: ModelCard, base: Location, store: StoreOptions) -> tuple[s
     place = beside(base, card.labels)
     path = file_here(place, store, LABELS)
     try:
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
+        return label_lines(path.read_bytes())
     except UnicodeDecodeError:
         raise ModelError(f"{place.uri} is not UTF-8 text", LABELS.hint) from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The libraries that execute a network, behind one contract: `load(model, threads) -> Predictor`."""
+"""The libraries that execute a network, behind one contract: `load(model, threads, …) -> Predictor`."""
 
 import importlib
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infermill.errors import ModelError
+from infermill.errors import MisfitError, ModelError
 from infermill.models.executable import Executable
 from infermill.models.model import Model
 from infermill.types import RuntimeName
@@ -151,14 +151,14 @@ def warm_up(infer: Infer, graph: Executable, model: Model) -> None:
     """Run a batch of black images or zeros, of two where any length will do, and see that each has its row.
 
     Raises:
-        ModelError: it has not.
+        MisfitError: it has not, or another number of classes than the card.
     """
     network = model.card.files.network
     batch_size = graph.fixed_batch or 2
     outputs = infer(np.zeros((batch_size, *graph.input_shape), graph.input_dtype))
     for name, array in zip(graph.output_names, outputs, strict=True):
         if array.shape[:1] != (batch_size,):
-            raise ModelError(
+            raise MisfitError(
                 f"{network} answers a batch of {batch_size} inputs with {list(array.shape)} in `{name}`, "
                 "which is not one row per input",
                 "export it with a dynamic batch, or name the output that has one row per input in `output.name`",
@@ -166,7 +166,7 @@ def warm_up(infer: Infer, graph: Executable, model: Model) -> None:
         classes = array.size // batch_size
         expected = len(model.labels) if model.labels is not None else model.card.classes
         if model.card.task == "classification" and expected not in (None, classes):
-            raise ModelError(
+            raise MisfitError(
                 f"{network} answers {classes} numbers per input in `{name}`, and the card has {expected} classes",
                 "use the labels, or the network, that belong together",
             )

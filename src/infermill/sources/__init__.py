@@ -21,6 +21,8 @@ from infermill.types import Source, StoreOptions
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TENSOR_SUFFIXES = (".npy",)
 MANIFEST_SUFFIXES = (".txt", ".parquet")
+# With the byte that page headers and footers begin with: the name of a file may begin with PAR1, too.
+_PARQUET = b"PAR1\x15"
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -114,11 +116,20 @@ def _canonical(uri: str, options: StoreOptions) -> str:
 
 @contextmanager
 def rereadable(uri: str) -> Iterator[str]:
-    """The source; for `-`, a copy of standard input that can be read more than once, while the context lasts."""
+    """The source; for `-`, a copy of standard input that can be read more than once, while the context lasts.
+
+    Raises:
+        UsageError: standard input is closed.
+    """
     if uri != "-":
         yield uri
         return
-    with tempfile.NamedTemporaryFile(prefix="standard-input-", suffix=".txt") as copy:
+    if sys.stdin is None:  # as Python has it where the process was started without one
+        raise UsageError("`-` is a manifest on standard input, which is closed", "pipe one in, or name a file")
+    start = sys.stdin.buffer.read(len(_PARQUET))
+    suffix = ".parquet" if start == _PARQUET else ".txt"
+    with tempfile.NamedTemporaryFile(prefix="standard-input-", suffix=suffix) as copy:
+        copy.write(start)
         shutil.copyfileobj(sys.stdin.buffer, copy)
         copy.flush()
         yield copy.name

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infermill.errors import ModelError
-from infermill.models.files import LABELS, MAX_SYMBOL_BYTES, cache_folder, write_cached
+from infermill.models.files import LABELS, MAX_SYMBOL_BYTES, cache_folder, label_lines, write_cached
 
 ARCHIVE_SUFFIXES = (".mar", ".model")
 _MAX_PARAMS_BYTES = 4 << 30
@@ -161,10 +161,9 @@ class _Archive:
 
     def _lines(self, name: str) -> tuple[str, ...]:
         try:
-            text = self._read(name, _MAX_LABELS_BYTES).decode()
+            lines = label_lines(self._read(name, _MAX_LABELS_BYTES))
         except UnicodeDecodeError:
             raise ModelError(f"{name} in {self._path} is not UTF-8 text", "make the archive again") from None
-        lines = tuple(line.strip() for line in text.rstrip().splitlines())
         return tuple(_WORDNET_ID.sub("", line) for line in lines) if all(map(_WORDNET_ID.match, lines)) else lines
 
     def _read(self, name: str, max_bytes: int) -> bytes:
