@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,16 @@ from infermill.types import StoreOptions
 from tests.clusters import StandaloneCluster
 from tests.images import jpeg_bytes, photo
 from tests.networks import tiny_classifier
+from tests.servers import Bucket
 
 RUN_TASK = "import pickle, sys; print(pickle.load(sys.stdin.buffer)('input'))"
+
+
+class Session:
+    """Takes artifacts as a session of Spark on a cluster does."""
+
+    def addArtifacts(self, path: str, **_: bool) -> None:  # noqa: N802 - as Spark's
+        self.path = path
 
 
 def greet(greeting: str, name: str) -> str:
@@ -121,13 +130,32 @@ def test_shipped_models_are_equal_by_digest(tmp_path: Path) -> None:
     assert ShippedModel(first.digest, first) != ShippedModel(second.digest, first)
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[:-1] + b"?", lambda content: b"?" * len(content)])
+def test_a_model_of_a_store_that_is_damaged_in_the_cache_is_fetched_again(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny_classifier(tmp_path / "tiny.onnx", external_data=True)
+    card = b"name: tiny\nfiles: {onnx: tiny.onnx}\npreprocess: {resize: {exact: [32, 32]}}\nlabels: labels.txt\n"
+    labels = "\n".join(f"class {number}" for number in range(10)).encode()
+    for path in tmp_path.glob("tiny.onnx*"):
+        bucket.put(path.name, path.read_bytes())
+    bucket.put("model.yaml", card)
+    bucket.put("labels.txt", labels)
+    store = StoreOptions(endpoint_url=bucket.endpoint)
+    model = open_model(f"{bucket.uri}/model.yaml", store)
+    shipped = ship_model(Session(), model, store)
+    for path in (tmp_path / "cache").rglob("*"):
+        if path.is_file() and path.suffix != ".lock":
+            path.write_bytes(damage(path.read_bytes()))
+            assert shipped.open() == model
+    bucket.put("labels.txt", labels.replace(b"9", b"8"))
+    with pytest.raises(ModelError, match="has changed"):
+        shipped.open()
+
+
 def test_a_model_is_packed_anew_for_another_card_of_the_same_digest(tmp_path: Path) -> None:
     """As two versions of infermill write them, which share a cache."""
-
-    class Session:
-        def addArtifacts(self, path: str, **_: bool) -> None:  # noqa: N802 - as Spark's
-            self.path = path
-
     network, cards = tiny_classifier(tmp_path / "tiny.onnx"), []
     for name in ("one", "other"):
         card = parse_card(
