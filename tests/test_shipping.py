@@ -7,14 +7,17 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
+import pyspark
 import pytest
 from pyspark import cloudpickle
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 
-from infermill import errors, load_model
+from infermill import Options, errors, load_model, run
 from infermill.errors import InfermillError, ModelError, StoreError, UsageError
 from infermill.java import find_java
 from infermill.models.card_file import parse_card
@@ -169,14 +172,26 @@ def test_a_model_is_packed_anew_for_another_card_of_the_same_digest(tmp_path: Pa
     assert [name for _, name in cards] == ["one", "other"]
 
 
-def test_executors_get_infermill_and_a_local_model(
-    standalone: StandaloneCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "infermill.py").write_text("raise ImportError('this Python has no infermill')")
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
+def python_without_openvino(folder: Path) -> Path:
+    """Another Python with the packages of this one, but for OpenVINO and infermill; its Pillow says that it is old."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    for path in Path(pyspark.__file__).parents[1].iterdir():
+        if not path.name.startswith(("openvino", "pillow-", "infermill")) and path.suffix != ".pth":
+            (site / path.name).symlink_to(path)
+    (site / "pillow-1.0.dist-info").mkdir()
+    (site / "pillow-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: pillow\nVersion: 1.0\n")
+    (folder / "infermill.py").write_text("raise ImportError('this Python has no infermill')")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}:$PYTHONPATH" exec "{folder}/venv/bin/python" "$@"\n')
     python.chmod(0o755)
-    monkeypatch.setenv("PYSPARK_PYTHON", str(python))
+    return python
+
+
+def test_executors_get_infermill_and_a_local_model(
+    standalone: StandaloneCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PYSPARK_PYTHON", str(python_without_openvino(tmp_path)))
     monkeypatch.setenv("JAVA_HOME", str(find_java().home))
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     card = parse_card(
@@ -187,22 +202,47 @@ def test_executors_get_infermill_and_a_local_model(
         }
     )
     images = [jpeg_bytes(photo(number, (60, 50))) for number in range(20)]
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(images):
+        (tmp_path / f"photos/{number:02d}.jpg").write_bytes(image)
+    options = Options(runtime="onnxruntime")
     builder = SparkSession.builder.master(standalone.master)
-    for name, value in standalone.conf.items():
+    for name, value in (standalone.conf | {"spark.task.cpus": "1", "spark.default.parallelism": "1"}).items():
         builder = builder.config(name, value)
     session = builder.getOrCreate()
     try:
         frame = session.createDataFrame([(image,) for image in images], "content binary").repartition(4)
-        rows = predict(frame, card).collect()
-        register(session, "classify", card)
-        with pytest.raises(PythonException) as caught:
+        rows = predict(frame, card, options=options).collect()
+        register(session, "classify", card, options)
+        with pytest.raises(PythonException) as refused:
             session.sql("SELECT classify(array(1.0))").collect()
+        with pytest.raises(PythonException) as lacking:
+            predict(frame, card).collect()
+        with pytest.raises(InfermillError) as stopped:
+            run(tmp_path / "photos", card, tmp_path / "out", engine=session)
+        assert not caplog.records
+        options = replace(options, partition_objects=2)
+        summary = run(tmp_path / "photos", card, tmp_path / "other", options, engine=session)
+        tracker = session.sparkContext.statusTracker()
+        job = tracker.getJobInfo(max(tracker.getJobIdsForGroup()))
+        tasks = tracker.getStageInfo(job.stageIds[0]).numTasks
     finally:
         session.stop()
-    error = translated(caught.value)
+    error = translated(refused.value)
     assert isinstance(error, UsageError)
     assert "takes images" in error.message
     told = {bytes(row.content): [tuple(one) for one in row.prediction.top] for row in rows}
-    for image, one in zip(images, load_model(card)(images), strict=True):
+    for image, one in zip(images, load_model(card, options)(images), strict=True):
         assert one.top is not None
         assert told[image] == [(label.index, label.label, label.score) for label in one.top]
+    host, bare = socket.gethostname(), f"{tmp_path}/venv/bin/python"
+    lacks = f"openvino cannot be imported by the Python on {host} ({bare}): "
+    found = translated(lacking.value)
+    assert found is not None
+    assert found.message == f"{lacks}No module named 'openvino'"
+    assert stopped.value.message == f"{lacks}it is not installed"
+    assert stopped.value.hint == "install openvino for this Python, or choose with --runtime what it has"
+    # Of 10 partitions, on 2 executors with 2 cores each, of which a task has one.
+    assert (summary.ok, summary.choice["threads"], tasks) == (20, 1, 10)
+    differs = f"predictions may differ a little: {host} has pillow 1.0, and the driver has {version('pillow')}"
+    assert [record.message for record in caplog.records] == [differs]
