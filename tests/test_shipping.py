@@ -207,7 +207,8 @@ def test_executors_get_infermill_and_a_local_model(
         (tmp_path / f"photos/{number:02d}.jpg").write_bytes(image)
     options = Options(runtime="onnxruntime")
     builder = SparkSession.builder.master(standalone.master)
-    for name, value in (standalone.conf | {"spark.task.cpus": "1", "spark.default.parallelism": "1"}).items():
+    settings = {"spark.task.cpus": "1", "spark.default.parallelism": "1", "spark.task.maxFailures": "1"}
+    for name, value in (standalone.conf | settings).items():
         builder = builder.config(name, value)
     session = builder.getOrCreate()
     try:
@@ -217,7 +218,7 @@ def test_executors_get_infermill_and_a_local_model(
         with pytest.raises(PythonException) as refused:
             session.sql("SELECT classify(array(1.0))").collect()
         with pytest.raises(PythonException) as lacking:
-            predict(frame, card).collect()
+            predict(frame.coalesce(1), card).collect()
         with pytest.raises(InfermillError) as stopped:
             run(tmp_path / "photos", card, tmp_path / "out", engine=session)
         assert not caplog.records
