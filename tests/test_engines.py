@@ -234,13 +234,14 @@ def test_objects_that_change_or_go_after_listing_are_rows(place: Place, card: Pa
     assert rows[0]["key"] == manifest[0]["uri"]
 
 
-def test_the_model_may_lie_in_the_store_too(bucket: Bucket, card: Path, tmp_path: Path) -> None:
-    options = Options(endpoint_url=bucket.endpoint)
+def test_the_model_may_lie_in_the_store_too(where: Where, bucket: Bucket, card: Path, tmp_path: Path) -> None:
+    options = Options(endpoint_url=bucket.endpoint, region="us-east-1", anonymous=True)
     bucket.put("model/tiny.onnx", (tmp_path / "tiny.onnx").read_bytes())
     bucket.put("model/model.yaml", CARD.encode())
     bucket.put("photos/1.png", png(1))
-    remote = infermill.run(f"{bucket.uri}/photos/", f"{bucket.uri}/model/model.yaml", tmp_path / "remote", options)
-    local = infermill.run(f"{bucket.uri}/photos/", card, tmp_path / "local", options)
-    assert remote.digest == local.digest
+    source, model = f"{bucket.uri}/photos/", f"{bucket.uri}/model/model.yaml"
+    remote = infermill.run(source, model, tmp_path / "remote", options, engine=where.engine)
+    local = infermill.run(source, card, tmp_path / "local", options)
+    assert (remote.digest, remote.ok) == (local.digest, 1)
     with pytest.raises(infermill.ModelError, match=r"missing\.yaml does not exist"):
-        infermill.run(f"{bucket.uri}/photos/", f"{bucket.uri}/missing.yaml", tmp_path / "none", options)
+        infermill.run(source, f"{bucket.uri}/missing.yaml", tmp_path / "none", options)

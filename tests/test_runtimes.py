@@ -1,6 +1,7 @@
 """The runtimes for ONNX answer as plain NumPy preprocessing and the original network in ONNX Runtime do."""
 
 import itertools
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
 
-from infermill.errors import ModelError, UsageError
+from infermill.errors import InfermillError, ModelError, UsageError
 from infermill.models.card import TENSOR_DTYPES, Preprocess
 from infermill.models.card_file import parse_card
 from infermill.models.executable import executable, folded
@@ -459,6 +460,18 @@ load(Model(card, Path({str(path)!r}), None, ""), {runtime!r}, 1)
 assert libraries & set(sys.modules) == {{{runtime!r}}}
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_library_that_is_not_there_is_told_in_one_line(
+    tmp_path: Path, runtime: RuntimeName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, runtime, None)
+    monkeypatch.delitem(sys.modules, MODULES[runtime], raising=False)
+    with pytest.raises(InfermillError, match=f"^{runtime} cannot be imported by the Python on ") as caught:
+        load(model_of(tiny_classifier(tmp_path / "tiny.onnx")), runtime, 1)
+    assert f"{socket.gethostname()} ({sys.executable}): " in caught.value.message
+    assert caught.value.hint == f"install {runtime} for this Python, or choose with --runtime what it has"
 
 
 FORGOTTEN = """

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,7 +147,7 @@ def test_a_job_that_was_killed_on_this_machine_is_finished_on_a_cluster(
 def test_a_session_keeps_its_workers(folder: Path, kind: str, request: pytest.FixtureRequest) -> None:
     remote = request.getfixturevalue("connect_server") if kind == "connect" else None
     before = set(psutil.Process().children(recursive=True))
-    with open_remote(remote) if remote else spark_session(Options(master="local[2]")) as session:
+    with open_remote(remote) if remote else spark_session(Options()) as session:
         first, second = (
             infermill.run(folder / "photos", folder / "model.yaml", folder / name, Options(), engine=session)
             for name in ("first", "second")
@@ -155,8 +155,27 @@ def test_a_session_keeps_its_workers(folder: Path, kind: str, request: pytest.Fi
         assert (first.ok, second.ok) == (40, 40)
         assert first.workers == first.model_loads > 0
         assert (second.workers, second.model_loads) == (1, 0)
+        if kind == "classic":
+            assert session.conf.get("spark.master") == "local[*]"
+            check_local(set(psutil.Process().children(recursive=True)) - before)
     if kind == "classic":  # Python workers of a server end a minute after their last task
         assert set(psutil.Process().children(recursive=True)) <= before
+    else:
+        options = Options(engine="spark", remote=remote)
+        third = infermill.run(folder / "photos", folder / "model.yaml", folder / "third", options)
+        assert (third.ok, third.workers) == (40, 1)
+        assert infermill.read(folder / "third").equals(infermill.read(folder / "first"))
+
+
+def check_local(processes: set[psutil.Process]) -> None:
+    """Nothing listens where others could reach it, and the workers have the driver's Python."""
+    listening, pythons = set(), set()
+    for process in processes:
+        with suppress(psutil.Error):  # it has ended
+            sockets, command = process.net_connections("tcp"), process.cmdline()
+            listening |= {one.laddr.ip.removeprefix("::ffff:") for one in sockets if one.status == "LISTEN"}
+            pythons |= {command[0]} if "pyspark.daemon" in command else set()
+    assert (listening, pythons) == ({"127.0.0.1"}, {sys.executable})
 
 
 @pytest.mark.slow
@@ -172,7 +191,8 @@ def test_spark_connect_before_a_cluster(folder: Path, standalone: StandaloneClus
 @pytest.mark.slow
 def test_the_doctor_asks_every_executor(folder: Path, standalone: StandaloneCluster, decoder: SlowDecoder) -> None:
     gpu = [word for setting in ONE_GPU for word in ("--conf", setting)]
-    command = [*COMMAND, "doctor", "--json", *on_cluster(standalone, decoder), *gpu]
+    parallelism = ["--conf", "spark.default.parallelism=1"]
+    command = [*COMMAND, "doctor", "--json", *on_cluster(standalone, decoder), *gpu, *parallelism]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     executors = [one for one in json.loads(answer.stdout) if one["name"].startswith("executor")]
     assert len(executors) == 2
@@ -215,13 +235,15 @@ def test_the_memory_of_the_driver_does_not_grow_with_the_objects(folder: Path) -
 @pytest.mark.slow
 def test_a_worker_has_the_gpu_that_spark_gives_to_its_task(folder: Path, standalone: StandaloneCluster) -> None:
     options = standalone.options
-    with spark_session(replace(options, conf=(*options.conf, *ONE_GPU))) as session:
+    conf = (*options.conf, *ONE_GPU, "spark.executor.cores=2")
+    with spark_session(replace(options, conf=conf)) as session:
         summary = infermill.run(
             folder / "photos", folder / "model.yaml", folder / "out", Options(partition_objects=4), engine=session
         )
         workers = [psutil.Process(pid).environ() for pid in standalone.infermill_workers()]
     assert (summary.ok, summary.workers) == (40, 2)
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in workers] == [GPU] * 2
+    assert summary.choice["threads"] == 2  # all cores of its executor
 
 
 @pytest.mark.parametrize("argument", ["source", "model"])

@@ -1,5 +1,6 @@
 """Predictions inside DataFrames and SQL: every test runs on classic Spark and on Spark Connect."""
 
+import json
 import os
 import subprocess
 import sys
@@ -298,6 +299,15 @@ def test_a_stage_of_a_pipeline_is_saved_and_loaded(
     assert [plain(row.told) for row in stage.transform(files).orderBy("path").collect()] == [
         plain(row.told) for row in rows
     ]
+    stage.save(str(tmp_path / "alone"))
+    alone = InfermillTransformer.load(str(tmp_path / "alone"))
+    assert [plain(row.told) for row in alone.transform(files).orderBy("path").collect()] == [
+        plain(row.told) for row in rows
+    ]
+    assert not [path for path in (tmp_path / "alone").rglob("*") if path.stat().st_size > 2048 and path.is_file()]
+    (metadata,) = (tmp_path / "alone/metadata").glob("part-*")
+    kept = {"model", "digest", "options", "cardOptions", "inputCol", "outputCol"}
+    assert json.loads(metadata.read_text())["paramMap"].keys() == kept
     tiny_classifier(tmp_path / "tiny.onnx", classes=10, size=32, seed=1)
     with pytest.raises(ModelError, match="has changed"):
         loaded.transform(files)
@@ -325,7 +335,7 @@ TOP = StructType([StructField("index", ArrayType(IntegerType())), StructField("s
 
 def test_predict_batch_udf(spark: Any, card: Path, photos: Path, tmp_path: Path) -> None:
     files = spark.read.format("binaryFile").load(str(photos))
-    classify = predict_batch_udf(make_predict_fn(card, spark=spark), return_type=TOP, batch_size=8)
+    classify = predict_batch_udf(make_predict_fn(card), return_type=TOP, batch_size=8)
     rows = files.withColumn("told", classify("content")).orderBy("path").collect()
     answers = expected(card, [path.read_bytes() for path in sorted(photos.iterdir())])
     for row, answer in zip(rows, answers, strict=True):

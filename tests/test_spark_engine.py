@@ -19,6 +19,7 @@ from pyspark.sql import SparkSession
 
 import infermill
 from infermill import Options, Summary
+from infermill.engines.spark import on, shape_of
 from infermill.job import Display
 from infermill.progress import show_progress
 from infermill.session import spark_session
@@ -125,8 +126,8 @@ def in_the_middle_of(output: Path, act: Callable[[], object]) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "victims",
-    [StandaloneCluster.executors, StandaloneCluster.python_workers, StandaloneCluster.infermill_workers],
-    ids=["executor", "python worker", "infermill's worker"],
+    [StandaloneCluster.executors, StandaloneCluster.infermill_workers],
+    ids=["executor", "infermill's worker"],
 )
 def test_what_is_killed_is_replaced(
     jobs: Jobs,
@@ -146,6 +147,29 @@ def test_what_is_killed_is_replaced(
     # What was under way is done again: no more than the task that was hit. That has 2 partitions of 4 photos, or 4 of
     # them where the job began before the executor that the test before has killed was back.
     assert again.total() <= 40 + 16 + 4
+
+
+def test_a_task_that_is_tried_again_keeps_the_parts_that_are_there(
+    jobs: Jobs, slow_photos: Path, expected: pa.Table, tmp_path: Path
+) -> None:
+    kept: list[str] = []
+
+    def kill() -> None:
+        kept.extend(part_files(tmp_path / "out"))
+        for pid in jobs.cluster.python_workers():
+            os.kill(pid, signal.SIGKILL)
+
+    jobs.decoder.forget()
+    with in_the_middle_of(tmp_path / "out", kill):
+        summary = infermill.run(
+            slow_photos, jobs.card, tmp_path / "out", Options(partition_objects=4), engine=on(jobs.session, 10)
+        )
+    check(tmp_path / "out", summary, expected)
+    again = jobs.decoder.decoded()
+    assert len(again) == 40
+    for part in kept:
+        first = 4 * int(part[5:10])
+        assert [again[f"{number:03d}"] for number in range(first, first + 4)] == [1] * 4
 
 
 def test_a_task_that_hangs_gets_a_twin(
@@ -295,3 +319,26 @@ def test_objects_that_were_deleted_are_rows(jobs: Jobs, tmp_path: Path) -> None:
         (photos / f"{number:03d}.jpg").unlink()
     summary = jobs.run(photos, tmp_path / "out")
     assert (summary.ok, summary.failures_by_code) == (7, {"missing": 5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "slots", "cpus", "gpus"),
+    [
+        ({}, 4, 2, 4, None),
+        ({"spark.task.resource.gpu.amount": "0.5"}, 4, 2, 4, 0.5),
+        ({}, 1, 8, None, None),
+        ({"spark.task.cpus": "2"}, 4, 4, None, None),
+        ({"spark.task.cpus": "16"}, 16, 1, None, None),
+        ({"spark.dynamicAllocation.enabled": "true"}, 4, 8, None, None),
+        ({"spark.dynamicAllocation.enabled": "true", "spark.task.cpus": "4"}, 4, 2, None, None),
+    ],
+)
+def test_a_task_asks_for_a_whole_executor_where_settings_leave_it_to_a_profile(
+    settings: dict[str, str], cores: int, slots: int, cpus: int | None, gpus: float | None
+) -> None:
+    shape = shape_of(settings.get, 8, cores)
+    assert shape.slots == slots
+    asked = {} if shape.profile is None else shape.profile.taskResources
+    assert {name: request.amount for name, request in asked.items()} == {
+        name: amount for name, amount in (("cpus", cpus), ("gpu", gpus)) if amount is not None
+    }

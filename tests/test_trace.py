@@ -9,6 +9,8 @@ import pytest
 
 import infermill
 from infermill import trace
+from infermill.engines import local
+from infermill.report import summary_text
 from infermill.trace import Trace
 from tests.networks import tiny_classifier
 from tests.test_job import write_photos
@@ -34,6 +36,21 @@ def test_a_job_leaves_a_trace_of_each_worker(tmp_path: Path) -> None:
     assert not infermill.verify(out).problems
     again = infermill.run(tmp_path / "photos", tmp_path / "tiny.onnx", out, options, card)
     assert again.profile is None  # nothing was done
+
+
+def test_a_job_whose_worker_has_the_network_from_before_tells_as_much(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 4)
+    tiny_classifier(tmp_path / "tiny.onnx", classes=10, size=32)
+    options, card = infermill.Options(profile=True), infermill.CardOptions(exact=(32, 32))
+    with local.start(options) as engine:
+        for name in ("first", "second"):
+            summary = infermill.run(
+                tmp_path / "photos", tmp_path / "tiny.onnx", tmp_path / name, options, card, engine=engine
+            )
+    assert (summary.workers, summary.model_loads) == (1, 0)
+    assert summary.profile is not None
+    assert len(list(Path(summary.profile).iterdir())) == 1
+    assert "thread-seconds: " in summary_text(summary)
 
 
 def test_threads_have_their_names_and_what_is_too_much_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

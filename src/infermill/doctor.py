@@ -78,13 +78,16 @@ def _executors(options: Options) -> list[Finding]:
 
 
 def _executor(one: Mapping[str, Any]) -> Finding:
-    runtimes = [f"{name} {one[name]}" for name in ("openvino", "onnxruntime") if one[name]]
+    versions = one["versions"]
     name = f"executor {one['executor']}".rstrip() + f" on {one['host']}"
     cores = f"{one['cores']} core{'' if one['cores'] == 1 else 's'}"
-    told = [cores, f"Spark {one['spark']}", f"Python {one['python']}", f"infermill {one['infermill']}", *runtimes]
+    told = [cores, f"Spark {one['spark']}", f"Python {one['python']}", f"infermill {one['infermill']}"]
+    told += [f"{package} {version}" for package, version in versions.items() if version]
     told += [f"GPU {one['gpus']}"] if one["gpus"] else []
-    hint = "" if runtimes else "install openvino or onnxruntime for the Python of the executors"
-    return Finding(name, bool(runtimes), ", ".join(told), hint)
+    if not (versions["openvino"] or versions["onnxruntime"]):
+        return Finding(name, False, ", ".join(told), "install openvino or onnxruntime for the Python of the executors")
+    hint = f"predictions may differ a little: {one['others']}" if one["others"] else ""
+    return Finding(name, True, ", ".join(told), hint)
 
 
 def _package(name: str, module: str, extra_hint: str = "") -> Finding:

@@ -142,7 +142,7 @@ class Driver:
             choice=_choice_of(reports),
             digest=self.model.digest,
             output=self.place.uri,
-            profile=f"{self.place.uri}/{self.profile}" if self.profile and meter.model_loads else None,
+            profile=f"{self.place.uri}/{self.profile}" if self.profile and meter.workers else None,
         )
 
     def declare_success(self, record: Record) -> None:

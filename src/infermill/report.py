@@ -57,7 +57,7 @@ def summary_text(summary: Summary) -> str:
         lines.append(Text(f"memory ran out {summary.halved_batches:,} times; batches were halved", style="yellow"))
     if summary.failures_by_code:
         lines += ["", _failures(summary.failures_by_code, summary.example_keys)]
-    if summary.model_loads:
+    if summary.workers:
         stages = (f"{stage} {seconds:,.1f}" for stage, seconds in summary.stage_seconds.items())
         lines += ["", Text(f"thread-seconds: {' · '.join(stages)}", style="dim")]
         lines.append(Text(_waits(summary), style="dim"))

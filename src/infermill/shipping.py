@@ -19,7 +19,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -35,7 +35,7 @@ from infermill import errors
 from infermill.errors import InfermillError, ModelError, StoreError
 from infermill.models.bundle import current_digest, pack, unpack
 from infermill.models.card import plain_fields
-from infermill.models.files import cache_errors, cache_folder, cache_lock
+from infermill.models.files import cache_errors, cache_folder, cache_lock, cache_renewed
 from infermill.models.model import Model
 from infermill.models.opening import open_model
 from infermill.stores import locate
@@ -152,7 +152,7 @@ class ShippedModel:
         else:
             # One worker downloads, the others of the machine find it in the cache.
             with cache_lock(self.digest.removeprefix("sha256:")):
-                model = open_model(self.way.uri, self.way.store, self.way.card_options)
+                model = self._fetched(self.way)
             found, where = model.digest, self.way.uri
         if found != self.digest:
             raise ModelError(
@@ -160,6 +160,15 @@ class ShippedModel:
                 "start again with the model as it is now",
             )
         return model
+
+    def _fetched(self, way: _Uri) -> Model:
+        """The model of a store, downloaded again where what the cache has of it is another one."""
+        with suppress(ModelError):
+            model = open_model(way.uri, way.store, way.card_options)
+            if model.digest == self.digest:
+                return model
+        with cache_renewed():
+            return open_model(way.uri, way.store, way.card_options)
 
 
 def ship_model(session: SparkSession, model: Model, store: StoreOptions) -> ShippedModel:

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -35,9 +35,10 @@ from infermill.jobspec import Job
 from infermill.meter import Counts, Meter
 from infermill.output import PLAN_FOLDER, Output
 from infermill.plan import partition_reader
+from infermill.runtimes import missing
 from infermill.session import first_line, local_cores, spark_session
 from infermill.stores import locate, place_of
-from infermill.types import Options, PartitionReport
+from infermill.types import Options, PartitionReport, RuntimeName
 
 TASKS_PER_SLOT = 3
 "So that an executor which is slower than others gets less to do."
@@ -50,6 +51,12 @@ WITNESSES = 64
 _POLL_SECONDS = 1.0
 _LONGEST_POLL_SECONDS = 30.0
 _SPREAD_SECONDS = 0.3
+_SETTLED_SECONDS = 3.0
+"Without another executor, until a survey has seen all: those of a cluster that has just started come one by one."
+_SURVEYS = 20
+"At most, of a cluster that grows and grows."
+_PARALLELISM = ("spark.default.parallelism", "spark.sql.leafNodeDefaultParallelism")
+"Whoever sets these, has other numbers of partitions than cores."
 PATIENCE_SECONDS = 60.0
 "Without an executor, until it is said that there is none; Spark itself waits for ever."
 _WRONG_PYTHON = re.compile(r".*(ModuleNotFoundError: |Cannot run program|PYTHON_VERSION_MISMATCH).*")
@@ -116,7 +123,8 @@ def _run(
 ) -> Iterator[PartitionReport]:
     _check(job.options)
     meter.activity = "waiting for executors"
-    shape = _shape(session)
+    versions = _Versions([job.options.runtime, *spark_task.DECODERS])
+    shape = _shape(session, job.options.runtime, versions)
     job = replace(job, options=job.options.for_workers(), todo=job.todo // shape.slots)
     meter.activity = "waiting for the first partition"
     per_task = partitions_per_task or min(-(-len(ids) // (TASKS_PER_SLOT * shape.slots)), PARTITIONS_PER_TASK)
@@ -132,7 +140,7 @@ def _run(
     try:
         while not answer.is_done(watch.pause_seconds):
             yield from watch.new_reports()
-        yield from _answered(answer.rows(), watch, meter)
+        yield from _answered(answer.rows(), watch, meter, versions)
     finally:
         answer.cancel()
 
@@ -148,7 +156,7 @@ def _witnesses(place: Output, job: Job, partition: int) -> tuple[str, ...]:
     return tuple(one.uri.replace("//", "/") for one in places if one.is_local and spark_task.is_there(one.uri))
 
 
-def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter) -> Iterator[PartitionReport]:
+def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter, versions: "_Versions") -> Iterator[PartitionReport]:
     workers: set[str] = set()
     for row in rows:
         answer = json.loads(row)
@@ -158,9 +166,36 @@ def _answered(rows: Sequence[str], watch: "_Watch", meter: Meter) -> Iterator[Pa
                 yield report
         else:
             workers.add(answer["worker"])
+            versions.compare(answer["worker"].partition("/")[0], answer["versions"])
             # Its objects were counted when their parts were seen.
             meter.add(replace(Counts(**answer["counts"]), objects=0, failures={}))
     meter.workers = len(workers)
+
+
+class _Versions:
+    """Where executors have other versions than the driver, or than each other, of what predictions depend on."""
+
+    def __init__(self, compared: Sequence[str]) -> None:
+        self._compared = compared
+        self._first = {name: (version, "the driver") for name, version in spark_task.versions().items() if version}
+        self._told: set[str] = set()
+
+    def compare(self, host: str, found: Mapping[str, str]) -> None:
+        """Tell once how the Python on a host differs."""
+        others = self.others(host, found)
+        if others and others not in self._told:
+            self._told.add(others)
+            logger.warning("predictions may differ a little: %s", others)
+
+    def others(self, host: str, found: Mapping[str, str]) -> str:
+        """How it differs, in words."""
+        told = []
+        for name in self._compared:
+            version = found.get(name)
+            if version:
+                first, whose = self._first.setdefault(name, (version, host))
+                told += [f"{name} {version}, and {whose} has {first}"] if version != first else []
+        return f"{host} has {'; '.join(told)}" if told else ""
 
 
 class _Watch:
@@ -273,32 +308,50 @@ class _Collected:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
     """How many tasks run at once, and what a task must ask for to have an executor to itself."""
 
     slots: int
     profile: ResourceProfile | None = None
 
 
-def _shape(session: SparkSession) -> _Shape:
+def _shape(session: SparkSession, runtime: RuntimeName, versions: _Versions) -> Shape:
+    """Ask an executor what it has.
+
+    Raises:
+        InfermillError: it lacks what runs the network.
+    """
     cores = local_cores(session.conf.get("spark.master")) if shipping.runs_here(session) else None
     if cores is not None:
-        return _Shape(max(cores // int(session.conf.get("spark.task.cpus", "1")), 1))
+        return Shape(max(cores // int(session.conf.get("spark.task.cpus", "1")), 1))
     # One task asks for all executors: each of several would leave a Python worker behind, and where tasks need no
     # profile, they would take turns with these, so that each of them loaded the network.
     (executor,) = _described(session, session.range(0, 1, 1, 1), 0.0)
-    # A DataFrame has as many partitions as there are cores; Spark Connect tells that nowhere else.
-    (last,) = session.range(1 << 16).select(spark_partition_id().alias("number")).tail(1)
-    parallelism, cores = last["number"] + 1, executor["cores"]
+    if executor["versions"].get(runtime) == "":
+        raise missing(runtime, executor["host"], executor["executable"], "it is not installed")
+    versions.compare(executor["host"], executor["versions"])
+    cores = executor["cores"]
+    if any(session.conf.get(name, None) is not None for name in _PARALLELISM):
+        parallelism = cores * len(survey(session))
+    else:
+        # A DataFrame has as many partitions as there are cores; Spark Connect tells that nowhere else.
+        (last,) = session.range(1 << 16).select(spark_partition_id().alias("number")).tail(1)
+        parallelism = last["number"] + 1
+    return shape_of(session.conf.get, parallelism, cores)
+
+
+def shape_of(setting: Callable[[str, str | None], str | None], parallelism: int, cores: int) -> Shape:
+    """The shape of a cluster that has so many cores, and so many in each executor, by the settings of its session."""
     # With dynamic allocation, a profile would ask for executors of its own beside those that are there.
-    is_dynamic = session.conf.get("spark.dynamicAllocation.enabled", "false") == "true"
-    if is_dynamic or cores == 1 or session.conf.get("spark.task.cpus", None) is not None:
-        return _Shape(max(parallelism // int(session.conf.get("spark.task.cpus", "1")), 1))
+    is_dynamic = setting("spark.dynamicAllocation.enabled", "false") == "true"
+    task_cpus = setting("spark.task.cpus", None)
+    if is_dynamic or cores == 1 or task_cpus is not None:
+        return Shape(max(parallelism // int(task_cpus or 1), 1))
     whole = TaskResourceRequests().cpus(cores)
-    gpus = session.conf.get("spark.task.resource.gpu.amount", None)
+    gpus = setting("spark.task.resource.gpu.amount", None)
     if gpus is not None:  # which a profile does not take over
         whole = whole.resource("gpu", float(gpus))
-    return _Shape(max(parallelism // cores, 1), ResourceProfileBuilder().require(whole).build)
+    return Shape(max(parallelism // cores, 1), ResourceProfileBuilder().require(whole).build)
 
 
 def survey_of(options: Options) -> list[dict[str, Any]]:
@@ -309,14 +362,25 @@ def survey_of(options: Options) -> list[dict[str, Any]]:
 
 
 def survey(session: SparkSession) -> list[dict[str, Any]]:
-    """What each executor is: its host, cores, Python, versions and GPUs.
+    """What each executor is: its host, cores, Python, versions (`others`: which are not the driver's) and GPUs.
 
     Raises:
         InfermillError: Spark runs no task, or its Python workers cannot run infermill; with the reason.
     """
-    described = _described(session, session.range(1 << 16), _SPREAD_SECONDS)
-    executors = {(one["host"], one["executor"]): one for one in described}
-    return [one for _, one in sorted(executors.items())]
+    executors: dict[tuple[str, str], dict[str, Any]] = {}
+    newest = time.monotonic()
+    for _ in range(_SURVEYS):
+        # Spark gives each free executor a task before it gives any of them a second one.
+        tasks = max(4 * len(executors), 8)
+        described = _described(session, session.range(0, tasks, 1, tasks), _SPREAD_SECONDS)
+        found = {(one["host"], one["executor"]): one for one in described}
+        if not found.keys() <= executors.keys():
+            newest = time.monotonic()
+        elif time.monotonic() - newest > _SETTLED_SECONDS:
+            break
+        executors |= found
+    versions = _Versions(list(spark_task.versions()))
+    return [one | {"others": versions.others(one["host"], one["versions"])} for _, one in sorted(executors.items())]
 
 
 def _described(session: SparkSession, tasks: Any, seconds: float) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from infermill.task_resources import task_cores, task_devices, visible_gpus
 from infermill.types import Options
 from infermill.worker import trust_stores
 
+DECODERS = ("pillow", "simplejpeg", "cykooz-resizer")
 RUNNING_FOLDER = f"{FOLDER}/running"
 _engines: dict[tuple[object, ...], Engine] = {}
 _open_engines = ExitStack()
@@ -88,7 +90,7 @@ def _do(work: Work, number: int) -> Iterator[pa.RecordBatch]:
     finally:
         place.delete([note])
     worker = f"{socket.gethostname()}/{os.getpid()}"
-    yield _answer({"worker": worker, "counts": asdict(meter.drain())})
+    yield _answer({"worker": worker, "counts": asdict(meter.drain()), "versions": versions()})
 
 
 def _check_files(job: Job, witnesses: Sequence[str]) -> None:
@@ -141,13 +143,19 @@ def describe(seconds: float, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.R
             "executor": executor,
             "cores": cores or task_cores(),
             "python": platform.python_version(),
+            "executable": sys.executable,
             "infermill": __version__,
             "spark": pyspark.__version__,  # the cluster's own, whatever this Python has installed
-            "openvino": _version("openvino"),
-            "onnxruntime": _version("onnxruntime"),
+            "versions": versions(),
             "gpus": visible_gpus(),
         }
     )
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Those that predictions depend on; empty for what is not installed."""
+    return {package: _version(package) for package in ("openvino", "onnxruntime", *DECODERS)}
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ SYMBOL = FileKind("the symbol", "a symbol is the JSON file that MXNet saves as P
 PARAMS = FileKind("the parameters file", "parameters are what MXNet saves as PREFIX-0000.params")
 ARCHIVE = FileKind("the archive")
 _LINE_END = re.compile(r"\r\n?|\n")
+_is_trusted = ContextVar("is_trusted", default=True)
 PATH_HINT = "check the path; those in a card are relative to the card"
 
 
@@ -190,7 +192,7 @@ def store_errors(place: Location, kind: FileKind) -> Iterator[None]:
 def write_cached(to: Path, size: int, chunks: Iterable[Any]) -> None:
     """Put a file of so many bytes into the cache, unless it is there; `chunks` raises no OSError of its own."""
     with cache_errors():
-        if to.is_file() and to.stat().st_size == size:
+        if _is_trusted.get() and to.is_file() and to.stat().st_size == size:
             return
         to.parent.mkdir(0o700, parents=True, exist_ok=True)
         private = to.with_name(f".{uuid.uuid4().hex}")
@@ -201,6 +203,16 @@ def write_cached(to: Path, size: int, chunks: Iterable[Any]) -> None:
             private.replace(to)
         finally:
             private.unlink(missing_ok=True)
+
+
+@contextmanager
+def cache_renewed() -> Iterator[None]:
+    """What is opened meanwhile is downloaded again: somebody may have written into the cache."""
+    token = _is_trusted.set(False)
+    try:
+        yield
+    finally:
+        _is_trusted.reset(token)
 
 
 def cache_folder() -> Path:

@@ -3,13 +3,16 @@
 import importlib
 import math
 import re
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infermill.errors import MisfitError, ModelError
+from infermill.errors import InfermillError, MisfitError, ModelError
 from infermill.models.executable import Executable
 from infermill.models.model import Model
 from infermill.types import RuntimeName
@@ -81,6 +84,7 @@ def load(
     Raises:
         ModelError: the network does not fit its card, or the runtime cannot execute it.
         UsageError: there is no Python that has mxnet, or no such precision here.
+        InfermillError: the library is not installed, or broken.
 
     Example:
         >>> predictor = load(model, "openvino", threads=2)  # doctest: +SKIP
@@ -90,13 +94,28 @@ def load(
     """
     given = (batch_size, python) if runtime == "mxnet" else (batch_size, streams)
     try:
-        predictor: Predictor = importlib.import_module(MODULES[runtime]).load(model, threads, *given)
+        predictor: Predictor = _module(runtime).load(model, threads, *given)
     except MemoryError as error:
         raise ModelError(
             f"there is no memory to load {model.card.files.network} into {runtime}: {error}",
             "take fewer --threads or --workers, or a machine with more memory",
         ) from None
     return predictor
+
+
+def _module(runtime: RuntimeName) -> ModuleType:
+    try:
+        return importlib.import_module(MODULES[runtime])
+    except ImportError as error:
+        raise missing(runtime, socket.gethostname(), sys.executable, str(error)) from None
+
+
+def missing(runtime: RuntimeName, host: str, python: str, reason: str) -> InfermillError:
+    """The error where a Python lacks a library."""
+    return InfermillError(
+        f"{runtime} cannot be imported by the Python on {host} ({python}): {' '.join(reason.split())}",
+        f"install {runtime} for this Python, or choose with --runtime what it has",
+    )
 
 
 def check_runtime(model: Model, runtime: RuntimeName, python: str | None, *, is_here: bool) -> None:
@@ -111,14 +130,15 @@ def check_runtime(model: Model, runtime: RuntimeName, python: str | None, *, is_
     Raises:
         ModelError: the runtime does not execute networks of this kind.
         UsageError: there is no Python that could have mxnet, or the precision is not there.
+        InfermillError: as `load`.
 
     Example:
         >>> check_runtime(model, "mxnet", "/opt/mxnet/bin/python", is_here=True)  # doctest: +SKIP
     """
     if model.card.precision != "fp32":  # or the driver would import the runtime for nothing
-        importlib.import_module(MODULES[runtime]).check_precision(model.card.precision, is_here=is_here)
+        _module(runtime).check_precision(model.card.precision, is_here=is_here)
     if runtime == "mxnet":
-        module = importlib.import_module(MODULES[runtime])
+        module = _module(runtime)
         module.checkpoint_of(model)
         if is_here:
             module.find_python(python)
