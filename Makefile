@@ -19,7 +19,7 @@ check: .venv/installed
 	$(UV) run --no-sync ruff check
 	$(UV) run --no-sync mypy
 
-# About half an hour on two cores; installing the peers, once, into .make/peers, comes before it.
+# About half an hour on two fast cores; installing the peers, once, into .make/peers, comes before it.
 bench: .venv/installed bench-peers
 	$(UV) run --no-sync python benchmarks/bench.py photos small
 

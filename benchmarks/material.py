@@ -27,8 +27,6 @@ from resnet20 import resnet20
 IMAGENET = {"scale": 1 / 255, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 TWELVE = 12
 CALIBRATION = 200
-BRISK = 30.0
-"Where the network alone does fewer images per second, there are 1,000 photos, so that all is done in half an hour."
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +66,7 @@ def material(quick: bool, peers: Sequence[str]) -> Iterator[Material]:
         pace = network_rate(make_card(work, 224))
         # As many for the peers as the network alone takes 15 seconds for: some start for as long, and never the same.
         few = min(max(round(15 * pace, -1), 100), 400)
-        photos = 2000 if pace >= BRISK else 1000
-        counts = (1, 60, 24, 500, 100) if quick else (3, photos, int(few), 50_000, 10_000)
+        counts = (1, 60, 24, 500, 100) if quick else (3, 2000, int(few), 50_000, 10_000)
         made = Material(work, *counts, tuple(peers))
         make_photos(work / "photos", made.photos)
         subset(work / "photos", work / "half", made.photos // 2)
