@@ -55,7 +55,7 @@ def main() -> None:
         print(f"in float: {', '.join(last.kept_in_float)}")
         print(
             "worst:",
-            *(f"{_photo(one.key)} {one.fp32} -> {one.int8} ({one.delta:.3f})" for one in last.worst),
+            *(f"{_photo(one.key)} {one.expected} -> {one.found} ({one.delta:.3f})" for one in last.worst),
             sep="\n  ",
         )
 

@@ -257,8 +257,8 @@ def test_the_published_schema_is_current() -> None:
 
 def test_what_hints_point_to_and_the_schema_are_in_the_wheel() -> None:
     root = SCHEMA_FILE.parents[1]
-    sources = [path.read_text(encoding="utf-8") for path in (root / "src/infermill/models").rglob("*.py")]
-    named = {name for text in sources for name in re.findall(r"guide\('([^']+)'\)", text)}
+    sources = [path.read_text(encoding="utf-8") for path in (root / "src/infermill").rglob("*.py")]
+    named = {name for text in sources for name in re.findall(r"""(?<!>>> )guide\(["']([^"']+)["']\)""", text)}
     build = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     shipped = {f"docs/{name}": f"infermill/docs/{name}" for name in (*named, SCHEMA_FILE.name)}
     assert named == {"model-card.md", "detection.md"}

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from onnx import helper
 from PIL import Image
 
-from infermill.check import Comparison, OutputDifference, WorstInput, check, compare
+from infermill.check import Comparison, OutputDifference, check, compare
 from infermill.errors import ModelError, SourceError, UsageError
-from infermill.evidence import Evidence, Proportion
+from infermill.evidence import Evidence, Proportion, Worst
 from infermill.layers import Deviation, deviation, first_difference
 from infermill.models.model import Model
 from infermill.models.opening import open_model
@@ -306,13 +306,16 @@ def test_a_quantised_network_is_judged_by_the_agreement(tmp_path: Path) -> None:
 
 def test_the_worst_inputs_have_keys_and_accuracy_is_measured(tmp_path: Path, photos: Path) -> None:
     path = tiny_quantised(tmp_path / "int8.onnx")
-    keys = [f"{number}.png" for number in range(8)]
-    best = [one.top[0].index for one in load_model(path, QUIET)([photos / key for key in keys]) if one.top]
-    pq.write_table(pa.table({"key": keys, "label": [best[0] + 1, *best[1:]]}), tmp_path / "truth.parquet")
+    keys = [f"{number}.png" for number in range(10)]
+    predict, other = load_model(path, QUIET), load_model(path, replace(QUIET, runtime="onnxruntime"))
+    best, right = (
+        [one.top[0].index for one in of([photos / key for key in keys]) if one.top] for of in (predict, other)
+    )
+    pq.write_table(pa.table({"key": keys[:8], "label": [best[0] + 1, *best[1:8]]}), tmp_path / "truth.parquet")
     found = check(path, "onnxruntime", photos, QUIET, truth=str(tmp_path / "truth.parquet"))
     told = found.as_json()
     assert {one["key"] for one in told["worst"]} == {f"{number}.png" for number in range(10)}
-    assert told["worst"][0]["against"] == str(best[int(found.worst[0].key[0])])
+    assert told["worst"][0]["expected"] == str(right[int(found.worst[0].key[0])])
     assert "worst" not in told["evidence"]
     assert found.evidence.accuracy is not None
     assert found.evidence.accuracy[1] == Proportion(7, 8)
@@ -322,7 +325,7 @@ def test_the_worst_inputs_have_keys_and_accuracy_is_measured(tmp_path: Path, pho
 
 
 def test_the_worst_inputs_are_listed_where_the_answers_differ() -> None:
-    apart, worst = (OutputDifference("logits", 0.5, 0.25, 0.5),), (WorstInput("a.png", "cat", "dog", 0.25),)
+    apart, worst = (OutputDifference("logits", 0.5, 0.25, 0.5),), (Worst("a.png", "cat", "dog", 0.25),)
     found = Comparison("openvino", "openvino", "bf16", "fp32", 64, 0, 0.01, apart, None, evidence(32, 64), worst)
     assert re.search(r"worst inputs .*\n *a\.png +cat +dog +0\.250\n", comparison_text(found))
 

@@ -428,6 +428,12 @@ SCORED = (("boxes", ("N", 8732, 4)), ("scores", ("N", 8732, 21)))
             "`output.background` is 21, and the output `scores` (float32 [N, 8732, 21]) has 21 classes",
             "remove it",
         ),
+        (
+            network(*PARTS[:3]),
+            {"format": "boxes-labels-scores", "background": 0},
+            "`output.background` is nothing for the format boxes-labels-scores",
+            "remove",
+        ),
         (network(SCORED[0]), {"format": "boxes-scores"}, "no output `scores`", "output.names.scores` to one"),
         (
             network(*PARTS[:2], ("scores", ("N", 100), "int64")),

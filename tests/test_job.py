@@ -481,15 +481,18 @@ def test_an_estimate_writes_nothing_and_foresees_failures(card: Path, photos: Pa
 
 def test_an_estimate_takes_the_cores_of_all_workers(card: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Options] = []
+    rows: list[int] = []
 
     def load(model: Model, options: Options, meter: Meter, work: Work) -> Any:
         taken.append(options)
+        rows.append(work.rows)
         return load_predictor(model, options, meter, work)
 
     monkeypatch.setattr(estimation, "load_predictor", load)
     for threads in (None, 2):
         infermill.estimate(photos, card, replace(SMALL, workers=3, threads=threads))
     assert [(one.workers, one.threads) for one in taken] == [(1, None), (1, 6)]
+    assert rows == [20, 20]
 
 
 def test_an_estimate_probes_a_sample_of_a_large_source(card: Path, photos: Path) -> None:

@@ -180,10 +180,12 @@ def read_or_refused(path: Path, content: bytes) -> None:
     """Whatever a file holds: arrays, or a ModelError; and no more memory than the bound that the reader has."""
     path.write_bytes(content)
     tracemalloc.start()
-    with suppress(ModelError):
-        read_params(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        with suppress(ModelError):
+            read_params(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert peak <= (64 << 20) + 256 * len(content) + (1 << 20)
 
 

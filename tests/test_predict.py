@@ -97,11 +97,11 @@ def test_a_grey_array_and_a_wrong_one(card: infermill.ModelCard) -> None:
 
 
 def test_the_limit_of_pixels_is_that_of_the_options_in_every_form(card: infermill.ModelCard) -> None:
-    pixels = np.zeros((40, 50, 3), np.uint8)
+    pixels = np.zeros((80, 100, 3), np.uint8)  # more than what is left of it
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     forms: list[infermill.predict.Input] = [pixels, Image.fromarray(pixels), file.getvalue()]
-    for max_pixels, code in ((40 * 50, None), (40 * 50 - 1, "too_large")):
+    for max_pixels, code in ((80 * 100, None), (80 * 100 - 1, "too_large")):
         predict = infermill.load_model(card, infermill.Options(max_pixels=max_pixels))
         assert [one.error and one.error.code for one in predict(forms)] == [code] * 3
 

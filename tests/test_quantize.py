@@ -167,7 +167,7 @@ def test_below_the_gate_nothing_is_written(tmp_path: Path, photos: Path) -> None
     found = json.loads(done.stdout)
     assert (found["passed"], found["card"]) == (False, None)
     assert found["evidence"]["agreement"] < 0.99
-    assert all(one["fp32"] != one["int8"] for one in found["worst"][:2])
+    assert all(one["expected"] != one["found"] for one in found["worst"][:2])
     assert {one["key"] for one in found["worst"]} <= {f"{number}.png" for number in range(COUNT)}
     result = quantize(card, photos, tmp_path / "int8.yaml", QUIET, min_agreement=0.99)
     text = quantization_text(result)
@@ -223,7 +223,7 @@ def test_one_number_has_two_classes(tmp_path: Path, photos: Path) -> None:
     assert found.evidence.accuracy is not None
     assert [one.share for one in found.evidence.accuracy] == [1.0, found.evidence.agreement]
     assert found.evidence.accuracy[0].of == found.evidence.objects
-    assert {one.fp32 for one in found.worst} | {one.int8 for one in found.worst} <= {"cat", "not cat"}
+    assert {one.expected for one in found.worst} | {one.found for one in found.worst} <= {"cat", "not cat"}
 
 
 def test_accuracy_by_the_labels_of_shards(tmp_path: Path, model: Path) -> None:
@@ -246,7 +246,7 @@ def test_embeddings_raw_outputs_and_tensors(tmp_path: Path, photos: Path) -> Non
     card = write_card(tmp_path / "r.yaml", files={"onnx": "raw.onnx"}, task="raw", output={})
     found = quantize(card, photos, tmp_path / "r8.yaml", QUIET)
     assert found.evidence.measure == "relative error"
-    assert found.worst[0].fp32 is None
+    assert found.worst[0].expected is None
     rows = tmp_path / "rows"
     rows.mkdir()
     for number, row in enumerate(np.random.default_rng(0).standard_normal((COUNT, 6)).astype(np.float32)):

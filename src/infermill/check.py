@@ -18,6 +18,7 @@ from infermill.evidence import (
     NO_LABEL,
     Differences,
     Evidence,
+    Worst,
     answers,
     class_names,
     differences,
@@ -52,27 +53,13 @@ Row = NDArray[np.generic]
 @dataclass(frozen=True, slots=True)
 class OutputDifference:
     """How far an output of the one runtime is from that of the other; `top1` is the part of inputs whose best class
-    is the same, for classification.
+    is the same, of those that the right runtime answers with numbers, for classification.
     """
 
     name: str
     absolute: float
     relative: float
     top1: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class WorstInput:
-    """An input whose answers are far apart: the best class of each, by its label where there is one, and how far.
-
-    `key` is that of the object; of random inputs, the number from 0.
-    """
-
-    key: str
-    against: str | None
-    found: str | None
-    delta: float | None
-    "None where only `runtime` answers NaN or infinity."
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +84,8 @@ class Comparison:
     layer: Layer | None
     evidence: Evidence
     "How far the answers are apart; of a detection, the outputs of the network."
-    worst: tuple[WorstInput, ...] = ()
-    "The inputs that are farthest apart, worst first."
+    worst: tuple[Worst, ...] = ()
+    "The inputs that are farthest apart, worst first; of random ones, the key is the number from 0."
 
     @property
     def is_lower(self) -> bool:
@@ -185,7 +172,7 @@ def compare(
     known = None if truth is None else read_truth(truth, model.card, options)
     names = class_names(model.labels)
     other = replace(options, runtime=against)
-    predictors = _load(model, options), _load(in_fp32(model), other)
+    predictors = loaded(model, options), loaded(in_fp32(model), other)
     precisions = predictors[0].precision, predictors[1].precision
     if tolerance is None:
         tolerance = LOWER_TOLERANCE if is_lower(*precisions) else TOLERANCE
@@ -211,11 +198,9 @@ def compare(
     layer = None
     if differs:
         del predictors  # memory for those that are loaded next
-        loads = (lambda probe: _load(probe, options)), (lambda probe: _load(probe, other))
+        loads = (lambda probe: loaded(probe, options)), (lambda probe: loaded(probe, other))
         layer = first_difference(model, loads, tallies.worst, tolerance)
-    worst = tuple(
-        WorstInput(keys[row], before, after, delta) for row, before, after, delta in worst_of(apart, evidence, names)
-    )
+    worst = worst_of(apart, evidence, names, keys)
     return Comparison(
         options.runtime, against, *precisions, len(keys), inputs.skipped, tolerance, outputs, layer, evidence, worst
     )
@@ -231,7 +216,8 @@ def is_lower(*precisions: str) -> bool:
     return any(precision != "fp32" for precision in precisions)
 
 
-def _load(model: Model, options: Options) -> Predictor:
+def loaded(model: Model, options: Options) -> Predictor:
+    """A model's predictor, with the streams and the batch of a job."""
     return load_predictor(model, options, Meter())[0]
 
 
@@ -245,14 +231,14 @@ class _Tallies:
         self.differences: list[Differences] = []
         self._deviations = dict.fromkeys(names, Deviation(0.0, 0.0))
         self._farthest = -1.0
-        self.inputs = 0
+        self._inputs = 0
         self.worst: Batch | None = None
         "That input, as a batch of one."
 
     def add(self, batch: Batch, found: Arrays, expected: Arrays) -> None:
         compared = answers(self._card, expected), answers(self._card, found)
-        self.differences.append(differences(self._card.task, *compared, first=self.inputs))
-        self.inputs += len(batch)
+        self.differences.append(differences(self._card.task, *compared, first=self._inputs))
+        self._inputs += len(batch)
         for name, one, other in zip(self._deviations, found, expected, strict=True):
             for row in range(len(batch)):
                 apart, before = deviation(one[row], other[row]), self._deviations[name]

@@ -28,7 +28,7 @@ Model = Annotated[str, Parameter(alias="-m", help="A model card, an .onnx, or an
 JobFlags = Annotated[Options, Parameter(name="*", group=JOB)]
 CardFlags = Annotated[CardOptions, Parameter(name="*", group=CARD)]
 StoreFlags = Annotated[StoreOptions, Parameter(name="*")]
-Truth = Annotated[
+TruthFile = Annotated[
     str | None, Parameter(help="Parquet with `key` and `label`, for accuracy. (default: labels of shards)")
 ]
 Json = Annotated[bool, Parameter(help="Print the result as one JSON object.")]
@@ -181,7 +181,7 @@ def check(
     model: Model,
     against: Annotated[RuntimeName, Parameter(help="The runtime that is right, in fp32.")],
     tolerance: Annotated[float | None, Parameter(help=TOLERANCE_HELP)] = None,
-    truth: Truth = None,
+    truth: TruthFile = None,
     json: Json = False,
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,
@@ -226,7 +226,7 @@ def quantize(
         float | None, Parameter(help="Write nothing below this, and end with exit code 3.")
     ] = None,
     objects: Annotated[int, Parameter(help="Size of the sample.")] = 800,
-    truth: Truth = None,
+    truth: TruthFile = None,
     json: Json = False,
     options: JobFlags = NO_OPTIONS,
     card: CardFlags = NO_CARD_OPTIONS,

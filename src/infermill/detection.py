@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from infermill.errors import MisfitError
+from infermill.errors import ModelError
 from infermill.models.boxes import NEEDED_SHAPES, SCORED, SEVERAL, fits
 from infermill.models.card import Output
 from infermill.types import DetectionFormat
@@ -49,11 +49,11 @@ class Detector:
         self._unit = np.array([width, height, width, height] if is_normalized else [1] * 4, np.float32)
 
     def check(self, arrays: Sequence[NDArray[Any]]) -> None:
-        """Raise MisfitError where the arrays of a batch are not what the card says: shapes may not be known before."""
+        """Raise ModelError where the arrays of a batch are not what the card says: shapes may not be known before."""
         name = self._output.format
         if name is not None and name not in SEVERAL:
             if not fits(name, arrays[0].shape):
-                raise MisfitError(
+                raise ModelError(
                     f"the network answers {list(arrays[0].shape)} in `{self._names[0]}`, and the format {name} is "
                     f"{NEEDED_SHAPES[name]}",
                     "set another `output.format`, or name another output in `output.name`",
@@ -66,14 +66,14 @@ class Detector:
         counts = {part: parts[part].size for part in ("labels", "scores")}
         if parts["boxes"].ndim != 3 or parts["boxes"].shape[2] != 4 or {*counts.values()} != {parts["boxes"].size // 4}:
             shapes = ", ".join(f"{part} {list(array.shape)}" for part, array in parts.items())
-            raise MisfitError(
+            raise ModelError(
                 f"the network answers {shapes}, where [N, boxes, 4], [N, boxes] and [N, boxes] are wanted",
                 f"name other outputs in `output.names`; scores of [N, boxes, classes] are the format {SCORED}",
             )
 
     def _check_scores(self, boxes: tuple[int, ...], scores: tuple[int, ...]) -> None:
         if len(scores) != 3 or not scores[2] or boxes != (*scores[:2], 4):
-            raise MisfitError(
+            raise ModelError(
                 f"the network answers boxes {list(boxes)}, scores {list(scores)}, where [N, boxes, 4] and "
                 "[N, boxes, classes] are wanted",
                 "name other outputs in `output.names`, or set another `output.format`",

@@ -84,7 +84,7 @@ def _executor(one: Mapping[str, Any]) -> Finding:
     told = [cores, f"Spark {one['spark']}", f"Python {one['python']}", f"infermill {one['infermill']}"]
     told += [f"{package} {version}" for package, version in versions.items() if version]
     told += [f"GPU {one['gpus']}"] if one["gpus"] else []
-    if not (versions["openvino"] or versions["onnxruntime"]):
+    if not any(one["runtimes"].values()):
         return Finding(name, False, ", ".join(told), "install openvino or onnxruntime for the Python of the executors")
     hint = f"predictions may differ a little: {one['others']}" if one["others"] else ""
     return Finding(name, True, ", ".join(told), hint)

@@ -73,8 +73,8 @@ def estimate(
         raise empty_source(str(source))
     list_seconds = time.monotonic() - started
     meter = Meter()
-    work = Work(objects // options.workers, waiting_rows(resolved))
-    # One worker with the cores of them all.
+    # One worker with the cores, and the work, of them all.
+    work = Work(objects, waiting_rows(resolved))
     together = replace(options, workers=1, threads=options.threads and options.threads * options.workers)
     predictor, tasks = load_predictor(resolved, together, meter, work)
     stages = stages_of(where, resolved, together, lambda: network_of(predictor, tasks))

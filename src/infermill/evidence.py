@@ -6,7 +6,7 @@ Pure functions over arrays, so that a batch at a time is enough:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -264,22 +264,36 @@ def evidence_of(found: Differences, labels: Sequence[int] | None = None, worst: 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """An input whose answers are far apart: the best class of each, by its label where there is one, and how far."""
+
+    key: str
+    expected: str | None
+    "In fp32, of the runtime that is right; other tasks have no classes."
+    found: str | None
+    delta: float | None
+    "None where only the other one answers NaN or infinity."
+
+
 def worst_of(
-    found: Differences, evidence: Evidence, names: tuple[str, ...] | None
-) -> Iterator[tuple[int, str | None, str | None, float | None]]:
-    """The worst inputs: the row, the best class in fp32 and in less, by its name where there is one, and the delta,
-    which is None where it is NaN. Other tasks have no classes.
+    found: Differences, evidence: Evidence, names: tuple[str, ...] | None, keys: Sequence[str]
+) -> tuple[Worst, ...]:
+    """The worst inputs; `keys` are those of all.
 
     Example:
         >>> found = differences("classification", (np.array([[0.1, 0.9]]),), (np.array([[0.6, 0.4]]),))
-        >>> list(worst_of(found, evidence_of(found), ("cat", "dog")))
-        [(0, 'dog', 'cat', 0.5)]
+        >>> worst_of(found, evidence_of(found), ("cat", "dog"), ["a.jpg"])
+        (Worst(key='a.jpg', expected='dog', found='cat', delta=0.5),)
     """
     places = {row: place for place, row in enumerate(found.index.tolist())}
-    for row in evidence.worst:
+
+    def worst(row: int) -> Worst:
         delta, best = float(found.delta[places[row]]), found.best[places[row]].tolist()
-        before, after = [str(one) if names is None else names[one] for one in best] or (None, None)
-        yield row, before, after, None if math.isnan(delta) else delta
+        expected, other = [str(one) if names is None else names[one] for one in best] or (None, None)
+        return Worst(keys[row], expected, other, None if math.isnan(delta) else delta)
+
+    return tuple(worst(row) for row in evidence.worst)
 
 
 def _accuracy(found: Differences, labels: NDArray[np.int64]) -> tuple[Proportion, Proportion] | None:

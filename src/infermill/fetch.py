@@ -252,7 +252,7 @@ def _read_file(path: str, ref: ObjectRef, reserve: Reserve, folder: Path | None)
             raise StoreError(f"{folder} is not there any more", "mount it again; the same command resumes") from None
         raise BadInputError("fetch", "missing", "it is not there") from None
     except ValueError:
-        raise BadInputError("fetch", "missing", "no file has a name with a null character") from None
+        raise BadInputError("fetch", "missing", "no file can have this name") from None
     except OSError as error:
         if error.errno in _FAULTS:
             raise explain(error, path) from None

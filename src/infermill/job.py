@@ -7,7 +7,7 @@ retry()  the rows that failed for a passing reason -> engine -> summary and _SUC
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,7 +86,8 @@ def run(
         engine: where the workers run: a Spark session, classic or Connect; None starts what `options.engine` says.
 
     Raises:
-        ModelError: the card or the network is wrong; raised before the first object is predicted, and no job is left.
+        ModelError: the card or the network is wrong; raised before the first object is predicted, and where they do not
+            fit each other, no job is left of this call.
         JobMismatchError: `output` holds a job with another fingerprint.
         SourceError: `source` does not exist, cannot be listed, or is empty.
         StoreError: a store refuses or does not answer; what is finished stays, and the same call resumes.
@@ -122,7 +123,8 @@ def run(
             except MisfitError:
                 # Who else works on it gets the same answer from the same network, and has begun nothing either.
                 if is_ours and not meter.model_loads:
-                    discard_record(place, record)
+                    with suppress(StoreError):  # the other error says more
+                        discard_record(place, record)
                 raise
         elif existing == "append":
             check_same_job(record, now, place.uri, appending=True)

@@ -69,9 +69,8 @@ class Meter:
             self.trace.add(stage, started, ended, objects)
         return seconds
 
-    def wait(self, what: str, started: float) -> None:
-        """This thread waited since `started`: as one of WAITS says."""
-        seconds = time.perf_counter() - started
+    def wait(self, what: str, seconds: float) -> None:
+        """This thread waited so long: as one of WAITS says."""
         with self._lock:
             self.waits[what] += seconds
 

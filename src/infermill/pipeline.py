@@ -197,7 +197,7 @@ class _Pipeline:
                     break
                 self._inputs.extend(partition)
             taken = [self._inputs.popleft() for _ in range(min(count, len(self._inputs)))]
-        self._meter.wait("fetch", started)
+        self._meter.wait("fetch", time.perf_counter() - started)
         return taken
 
     def _hand_over(self, fetched: list[Fetched[_Input]]) -> None:
@@ -207,7 +207,7 @@ class _Pipeline:
                 started = time.perf_counter()
                 while len(self._fetched) >= self._max_fetched and not self._stopping.is_set():
                     self._room.wait()
-                self._meter.wait("fetch", started)
+                self._meter.wait("fetch", time.perf_counter() - started)
             self._fetched.extend(fetched)
             self._work.notify()
 
@@ -240,9 +240,9 @@ class _Pipeline:
                     return None
                 started, is_queueing = time.perf_counter(), self._is_network_full()
                 self._work.wait()
-                self._meter.spend("idle", started)
+                waited = self._meter.spend("idle", started)
                 if is_queueing:
-                    self._meter.wait("network", started)
+                    self._meter.wait("network", waited)
         raise _StoppedError
 
     def _take_fetched(self, count: int) -> list[Fetched[_Input]]:

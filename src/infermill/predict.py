@@ -183,7 +183,7 @@ def _content(item: bytes | str | os.PathLike[str]) -> bytes:
     except FileNotFoundError:
         raise BadInputError("fetch", "missing", f"{path} does not exist") from None
     except ValueError:
-        raise BadInputError("fetch", "missing", "no file has a name with a null character") from None
+        raise BadInputError("fetch", "missing", "no file can have this name") from None
     except OSError as error:
         raise BadInputError("fetch", "unreadable", f"{path}: {error.strerror}") from None
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infermill.detection import Detector
-from infermill.errors import MisfitError
+from infermill.errors import MisfitError, ModelError
 from infermill.models.card import Preprocess
 from infermill.models.geometry import in_image, sized_type
 from infermill.models.model import Model
@@ -173,7 +173,10 @@ def rows_for(model: Model, predictor: Predictor) -> TaskRows:
         return Classification(model)
     if model.card.task == "detection" and model.card.preprocess is not None:
         detection = Detection(model, model.card.preprocess, predictor)
-        detection.finish(infer(predictor, blank(model, predictor)))
+        try:
+            detection.finish(infer(predictor, blank(model, predictor)))
+        except ModelError as error:
+            raise MisfitError(error.message, error.hint) from None
         return detection
     example = predictor(blank(model, predictor))
     if model.card.task == "embedding":

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infermill.check import Row, decoded
+from infermill.check import Row, decoded, loaded
 from infermill.errors import InfermillError, SourceError, UsageError
 from infermill.estimation import Sample
 from infermill.evidence import (
     NO_LABEL,
     Differences,
     Evidence,
+    Worst,
     answers,
     check_measurable,
     class_names,
@@ -33,7 +34,6 @@ from infermill.evidence import (
 )
 from infermill.job import empty_source, tell_assumptions
 from infermill.jobspec import check_options, suffixes_of
-from infermill.meter import Meter
 from infermill.models.card import Accuracy, CardEvidence, Files, ModelCard
 from infermill.models.card_file import write_card
 from infermill.models.conversion import create_new
@@ -49,7 +49,7 @@ from infermill.sources import list_source, rereadable
 from infermill.stages import Stages
 from infermill.truth import read_truth, right_classes
 from infermill.types import CardOptions, ObjectRef, Options
-from infermill.worker import load_predictor, network_of, stages_of
+from infermill.worker import network_of, stages_of
 
 OBJECTS = 800
 TARGET = 0.99
@@ -61,24 +61,13 @@ CARD_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, slots=True)
-class WorstObject:
-    """An object whose answers are far apart: the best class of each, by its label where there is one, and how far."""
-
-    key: str
-    fp32: str | None
-    int8: str | None
-    delta: float | None
-    "None where int8 answers NaN or infinity."
-
-
-@dataclass(frozen=True, slots=True)
 class Quantization:
     """What `quantize` has found, and the files that it wrote: none where it agrees less than was asked for."""
 
     card: Path | None
     network: Path | None
     evidence: Evidence
-    worst: tuple[WorstObject, ...]
+    worst: tuple[Worst, ...]
     calibrated: int
     "Objects that the ranges of values are from."
     selected: int
@@ -168,7 +157,7 @@ def quantize(
     tell_assumptions(opened)
     known = None if truth is None else read_truth(truth, opened.card, options)
     names = class_names(opened.labels)
-    predictor = _load(opened, options)
+    predictor = loaded(opened, options)
     with rereadable(str(source)) as listed:
         inputs = _Inputs(listed, str(source), opened, predictor, options, objects)
         classes = right_classes(inputs.held_out, names, known)
@@ -183,10 +172,7 @@ def quantize(
     evidence = evidence_of(found, [classes.get(ref.key, NO_LABEL) for ref in seen])
     if evidence.objects < FEWEST_HELD_OUT:
         raise inputs.too_few(evidence.objects, _ANSWERED)
-    worst = tuple(
-        WorstObject(seen[row].key, before, after, delta)
-        for row, before, after, delta in worst_of(found, evidence, names)
-    )
+    worst = worst_of(found, evidence, names, [ref.key for ref in seen])
     result = Quantization(
         None, None, evidence, worst, len(inputs.calibrate), len(rows), inputs.skipped,
         len(seen) - evidence.objects, choice.kept, len(quantized.nodes), quantized.int8_share(choice.kept),
@@ -235,10 +221,6 @@ def _parts(objects: int) -> tuple[int, int, int]:
     """How many objects are to calibrate, to select and to measure."""
     calibrate, select = objects // 8, objects // 4
     return calibrate, select, objects - calibrate - select
-
-
-def _load(model: Model, options: Options) -> Predictor:
-    return load_predictor(model, options, Meter())[0]
 
 
 class _Inputs:
@@ -306,7 +288,7 @@ class _Trial:
 
     def load(self, kept: Iterable[str]) -> Predictor:
         self.path.write_bytes(self._quantized.keeping(kept).SerializeToString())
-        return _load(self.model, self._options)
+        return loaded(self.model, self._options)
 
 
 def _choose(trial: _Trial, predictor: Predictor, inputs: _Inputs, rows: list[Row], target: float) -> Choice:

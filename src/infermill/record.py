@@ -85,6 +85,7 @@ def fingerprint(source: str | None, model: Model, options: Options) -> dict[str,
     card = deciding_fields(model.card)
     # So that a refusal has a line for each field, from an image to a tensor and back.
     card["preprocess"] = card["preprocess"] or dict.fromkeys(one.name for one in fields(Preprocess))
+    card["output"].setdefault("background", None)
     return {
         **({} if source is None else {"source": canonical(source, options)}),
         "suffix": sorted(suffix.lower() for suffix in options.suffix) if options.suffix is not None else None,
@@ -237,9 +238,9 @@ def discard_record(place: Output, record: Record) -> None:
 
     Only who has created it may: until then no other job takes its place, but by --overwrite.
     """
-    if read_record(place) == record and not place.parts():
-        files = [f"{PLAN_FOLDER}/{name}" for plan in record.plans for name, _ in plan.files]
-        place.delete([JOB_FILE, *files])  # in this order: a plan without a record is no job
+    if not place.parts() and read_record(place) == record:
+        place.remove([JOB_FILE])  # first: a plan without a record is no job
+        place.delete([f"{PLAN_FOLDER}/{name}" for plan in record.plans for name, _ in plan.files])
 
 
 def append_record(place: Output, plan: NewPlan, record: Record, appended: str) -> Record:

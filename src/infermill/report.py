@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from infermill.datasets import Unpacked
     from infermill.doctor import Finding
     from infermill.estimation import Estimate
-    from infermill.evidence import Evidence
+    from infermill.evidence import Evidence, Worst
     from infermill.models.conversion import Conversion
     from infermill.models.inspection import Inspection
     from infermill.quantize import Quantization
@@ -220,8 +220,7 @@ def comparison_text(comparison: "Comparison") -> str:
     if lines := lines + _accuracy(comparison.evidence, f"on {expected}", f"on {found}"):
         shown += [_pairs(lines), ""]
     if comparison.is_lower and not comparison.agrees:
-        rows = [(one.key, one.against, one.found, one.delta) for one in comparison.worst]
-        shown += [_worst(("worst inputs", expected, found), rows), ""]
+        shown += [_worst(("worst inputs", expected, found), comparison.worst), ""]
     verdict = _agreement(comparison) if comparison.is_lower else _difference(comparison)
     return _rendered([*shown, *verdict])
 
@@ -265,8 +264,7 @@ def quantization_text(found: "Quantization") -> str:
     head = f"int8 against fp32 on {found.runtime}: {evidence.objects:,} objects ({what_for})"
     shown: list[RenderableType] = [Text(head), "", _pairs(lines), ""]
     if not found.passed:
-        rows = [(one.key, one.fp32, one.int8, one.delta) for one in found.worst]
-        return _rendered([*shown, _worst(("worst objects", "fp32", "int8"), rows)])
+        return _rendered([*shown, _worst(("worst objects", "fp32", "int8"), found.worst)])
     return _rendered([*shown, Text(_visible(str(found.network))), Text(_visible(str(found.card)))])
 
 
@@ -302,13 +300,14 @@ def _pairs(lines: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _worst(columns: Sequence[str], rows: Sequence[tuple[str, str | None, str | None, float | None]]) -> Table:
+def _worst(columns: Sequence[str], rows: "Sequence[Worst]") -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
         table.add_column(column, overflow="fold")
     table.add_column("|Δ|", justify="right")
-    for *texts, delta in rows:
-        table.add_row(*(Text(_visible(text or "")) for text in texts), "NaN" if delta is None else f"{delta:.3f}")
+    for one in rows:
+        delta = "NaN" if one.delta is None else f"{one.delta:.3f}"
+        table.add_row(*(Text(_visible(text or "")) for text in (one.key, one.expected, one.found)), delta)
     return table
 
 

@@ -157,7 +157,8 @@ def prepare_array(
 ) -> Row:
     """Resize and crop a uint8 array, RGB [height, width, 3] or grey [height, width], to uint8 RGB [height, width, 3].
 
-    Raises BadInputError with the code `unsupported` for another shape or dtype, `empty` where there are no pixels.
+    Raises BadInputError with the code `unsupported` for another shape or dtype, `empty` where there are no pixels,
+    `too_large` where there are too many.
 
     Example:
         >>> from infermill.models.card import Resize
@@ -169,6 +170,7 @@ def prepare_array(
         _refuse("unsupported", f"an array {array.dtype} {list(array.shape)}, where {wanted} is wanted")
     if array.size == 0:
         _refuse("empty", f"an array without pixels: {list(array.shape)}")
+    check_pixels(array.shape[1], array.shape[0], max_pixels)
     rgb = array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2)
     picture = Picture(rgb, rgb.shape[1], rgb.shape[0])
     pixels = fit(picture, preprocess, profile, max_pixels)

@@ -327,7 +327,7 @@ def _shape(session: SparkSession, runtime: RuntimeName, versions: _Versions) -> 
     # One task asks for all executors: each of several would leave a Python worker behind, and where tasks need no
     # profile, they would take turns with these, so that each of them loaded the network.
     (executor,) = _described(session, session.range(0, 1, 1, 1), 0.0)
-    if executor["versions"].get(runtime) == "":
+    if executor["runtimes"].get(runtime) is False:
         raise missing(runtime, executor["host"], executor["executable"], "it is not installed")
     versions.compare(executor["host"], executor["versions"])
     cores = executor["cores"]

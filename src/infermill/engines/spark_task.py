@@ -7,6 +7,7 @@ brings it down costs one row, as it does there, and not the task.
 import atexit
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from infermill.task_resources import task_cores, task_devices, visible_gpus
 from infermill.types import Options
 from infermill.worker import trust_stores
 
+RUNTIMES = ("openvino", "onnxruntime")
 DECODERS = ("pillow", "simplejpeg", "cykooz-resizer")
 RUNNING_FOLDER = f"{FOLDER}/running"
 _engines: dict[tuple[object, ...], Engine] = {}
@@ -147,6 +149,7 @@ def describe(seconds: float, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.R
             "infermill": __version__,
             "spark": pyspark.__version__,  # the cluster's own, whatever this Python has installed
             "versions": versions(),
+            "runtimes": {name: importlib.util.find_spec(name) is not None for name in RUNTIMES},
             "gpus": visible_gpus(),
         }
     )
@@ -155,7 +158,7 @@ def describe(seconds: float, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.R
 @functools.cache
 def versions() -> dict[str, str]:
     """Those that predictions depend on; empty for what is not installed."""
-    return {package: _version(package) for package in ("openvino", "onnxruntime", *DECODERS)}
+    return {package: _version(package) for package in (*RUNTIMES, *DECODERS)}
 
 
 def _version(package: str) -> str:

@@ -76,11 +76,13 @@ def check_boxes(
         _check_parts(card, outputs)
     else:
         _check_shape(name, outputs[0], size)
+    background = card.output.background
+    if background is not None and name != SCORED:
+        raise ModelError(f"`output.background` is nothing for the format {name}", "remove `output.background`")
     if name == APART:
         return
     output = next(one for one in outputs if name != SCORED or one.name == card.output.names.scores)
     classes = _classes(name, output.shape)
-    background = card.output.background
     if background is not None and classes is not None and background >= classes:
         hint = "set it to the number of the class that is nothing, or remove it"
         raise ModelError(f"`output.background` is {background}, and the output {output} has {classes} classes", hint)
@@ -110,7 +112,7 @@ def _check_parts(card: ModelCard, outputs: Sequence[TensorInfo]) -> None:
             raise ModelError(f"the output {output} holds no boxes: that is [N, boxes, 4]", hint)
         if output.name == names.scores and output.dtype not in FLOAT_DTYPES:
             hint = "name another output in `output.names.scores`"
-            raise ModelError(f"the output {output} holds no scores: that is [N, boxes] of floating-point numbers", hint)
+            raise ModelError(f"the output {output} holds no scores: those are floating-point numbers", hint)
         if output.name == names.scores and card.output.format == SCORED and shape is not None and len(shape) != 3:
             hint = f"name another output in `output.names.scores`, or set `output.format: {APART}`"
             raise ModelError(f"the output {output} holds no scores of classes: that is [N, boxes, classes]", hint)

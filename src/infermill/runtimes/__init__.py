@@ -184,6 +184,10 @@ def warm_up(infer: Infer, graph: Executable, model: Model) -> None:
                 "export it with a dynamic batch, or name the output that has one row per input in `output.name`",
             )
         classes = array.size // batch_size
+        if model.card.task == "classification" and classes == 1 and model.card.output.activation == "softmax":
+            raise MisfitError(
+                f"a softmax of the one number of `{name}` is always 1", "set `output.activation: sigmoid`"
+            )
         expected = len(model.labels) if model.labels is not None else model.card.classes
         if model.card.task == "classification" and expected not in (None, classes):
             raise MisfitError(

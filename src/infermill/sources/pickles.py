@@ -143,6 +143,13 @@ def _skip_frame(unpickler: Any) -> None:
     unpickler.read(8)
 
 
+def _set_state(unpickler: Any) -> None:
+    state, made = unpickler.stack.pop(), unpickler.stack[-1]
+    if not isinstance(made, _Type | _Array):
+        raise pickle.UnpicklingError("it sets the state of what has none")
+    made.__setstate__(state)
+
+
 def _refuse_set(unpickler: Any) -> None:
     raise pickle.UnpicklingError("it has a set, which no file of CIFAR has")
 
@@ -152,6 +159,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.EMPTY_DICT[0]: _put_dict,
         pickle.DICT[0]: _put_dict_of_mark,
         pickle.BYTEARRAY8[0]: _put_bytes,
+        pickle.BUILD[0]: _set_state,
         pickle.FRAME[0]: _skip_frame,
         pickle.EMPTY_SET[0]: _refuse_set,
         pickle.FROZENSET[0]: _refuse_set,
