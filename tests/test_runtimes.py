@@ -591,20 +591,31 @@ def test_a_network_with_a_hidden_fixed_batch_is_refused(tmp_path: Path, runtime:
     assert "dynamic batch" in caught.value.hint
 
 
+def open_classifier(path: Path, classes: int) -> Path:
+    """A network that does not declare how many classes it has."""
+    net = Network()
+    pooled = net.node("ReduceMean", "images", axes=[2], keepdims=0)
+    ones = helper.make_tensor("ones", 1, [classes], [1.0] * classes)
+    column = net.node("Squeeze", net.node("NonZero", net.node("Constant", value=ones)), name="indices")
+    net.node("Gather", net.node("Flatten", pooled), column, axis=1, name="out")
+    image = helper.make_tensor_value_info("images", 1, ["N", 3, 8, 8])
+    return net.save(path, [image], [helper.make_tensor_value_info("out", 1, ["N", "C"])])
+
+
 @runtimes
 @pytest.mark.parametrize(("labels", "classes"), [(("a", "b"), None), (None, 2)])
 def test_a_class_count_that_only_shows_in_the_answer_is_refused(
     tmp_path: Path, runtime: RuntimeName, labels: tuple[str, ...] | None, classes: int | None
 ) -> None:
-    net = Network()
-    pooled = net.node("ReduceMean", "images", axes=[2], keepdims=0)
-    kept = net.node("NonZero", net.node("Constant", value=helper.make_tensor("ones", 1, [5], [1.0] * 5)))
-    column = net.node("Squeeze", kept, name="indices")
-    net.node("Gather", net.node("Flatten", pooled), column, axis=1, name="out")
-    image = helper.make_tensor_value_info("images", 1, ["N", 3, 8, 8])
-    path = net.save(tmp_path / "open.onnx", [image], [helper.make_tensor_value_info("out", 1, ["N", "C"])])
+    path = open_classifier(tmp_path / "open.onnx", 5)
     with pytest.raises(ModelError, match="answers 5 numbers per input in `out`, and the card has 2 classes"):
         load(model_of(path, size=8, labels=labels, classes=classes), runtime, threads=1)
+
+
+def test_a_softmax_of_one_number_that_only_shows_in_the_answer_is_refused(tmp_path: Path) -> None:
+    path = open_classifier(tmp_path / "open.onnx", 1)
+    with pytest.raises(ModelError, match="a softmax of the one number of `out` is always 1"):
+        load(model_of(path, size=8, output={"activation": "softmax"}), "openvino", threads=1)
 
 
 def test_a_card_that_does_not_fit_is_refused_before_loading(tmp_path: Path) -> None:
