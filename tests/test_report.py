@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from infermill.estimation import Estimate
-from infermill.report import estimate_text
+from infermill.report import estimate_text, summary_text
+from infermill.types import Summary
 
 ESTIMATE = Estimate(
     objects=20_000,
@@ -40,3 +41,32 @@ def test_an_estimate_is_a_line_for_each_figure(changes: dict[str, Any], told: di
     }
     shown = [line.split(maxsplit=1) for line in estimate_text(replace(ESTIMATE, **changes)).splitlines()]
     assert shown == [list(line) for line in (lines | told).items()]
+
+
+def test_a_summary_says_where_the_time_went() -> None:
+    summary = Summary(
+        planned=12,
+        ok=12,
+        failed=0,
+        failures_by_code={},
+        example_keys={},
+        seconds=3.0,
+        objects_per_second=4.0,
+        stage_seconds={"list": 0.0, "fetch": 0.1, "decode": 0.4, "predict": 1.5, "write": 0.0, "idle": 2.3},
+        idle_seconds={"fetch": 0.7, "compute": 2.3, "network": 0.25},
+        queue_depths={"fetched": 2.7, "decoded": 4.9},
+        verdict="predict-bound: …",
+        workers=1,
+        model_loads=0,
+        halved_batches=0,
+        runtime="openvino",
+        precision="fp32",
+        choice={"streams": 2, "batch": 8, "threads": 2, "reason": "as told (--batch)"},
+        digest="sha256:0",
+        output="out",
+    )
+    text = summary_text(summary)
+    assert "thread-seconds: list 0.0 · fetch 0.1 · decode 0.4 · predict 1.5 · write 0.0 · idle 2.3\n" in text
+    assert "waited: fetch threads 0.7 · for the network 0.2; queued objects: 2.7 fetched · 4.9 decoded\n" in text
+    assert "\npredict-bound: …\nbatches of 8, 2 at once, 2 threads (as told (--batch))\n" in text
+    assert "thread-seconds" not in summary_text(replace(summary, workers=0))

@@ -72,8 +72,8 @@ def summary_text(summary: Summary) -> str:
 
 def _waits(summary: Summary) -> str:
     idle, queues = summary.idle_seconds, summary.queue_depths
-    waits = f"waited: for room or the plan to fetch {idle['fetch']:,.1f} · for the network {idle['network']:,.1f}"
-    return f"{waits}; queues: {queues['fetched']:,.1f} fetched · {queues['decoded']:,.1f} decoded"
+    waits = f"waited: fetch threads {idle['fetch']:,.1f} · for the network {idle['network']:,.1f}"
+    return f"{waits}; queued objects: {queues['fetched']:,.1f} fetched · {queues['decoded']:,.1f} decoded"
 
 
 def _failures(codes: Mapping[str, int], examples: Mapping[str, str]) -> Table:
