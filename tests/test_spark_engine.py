@@ -216,10 +216,11 @@ def test_a_network_is_loaded_once_per_executor(jobs: Jobs, tmp_path: Path) -> No
     jobs.forget_networks()
     first = jobs.run(photos, tmp_path / "first")
     assert len(part_files(tmp_path / "first")) == 10
-    assert (first.workers, first.model_loads) == (2, 2)
+    # Five tasks; seldom, on a busy machine, Spark forks another Python before it has taken back the last one.
+    assert 2 <= first.workers == first.model_loads < 5
     assert not list((tmp_path / "first/_infermill/running").iterdir())
     second = jobs.run(photos, tmp_path / "second")
-    assert (second.workers, second.model_loads) == (2, 0)
+    assert second.model_loads == 0
 
 
 def test_rows_are_retried_and_objects_appended(jobs: Jobs, tmp_path: Path) -> None:
