@@ -60,6 +60,8 @@ def measure(made: Material) -> str:
                 found.limits.append(additive_limit(sum(found.networks[-2:]) / 2, decodes[-1]))
                 found.wholes[profile].append(count / series.wholes[-1] / found.limits[-1])
                 found.rates[profile].append(series.rates[-1] / found.limits[-1])
+                told = f"{found.wholes[profile][-1]:.1%}, after start-up {found.rates[profile][-1]:.1%}"
+                print(f"    {series.way.name}: {series.rates[-1]:.1f} images/s; of the limit {told}", flush=True)
         other.measure(made, made.work / "twelve", made.work / "half", made.photos // 2)
         for series in running:
             series.measure(made, made.work / "twelve", made.work / "few", made.few)

@@ -156,10 +156,15 @@ def test_no_java_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_executor_is_told_in_a_line() -> None:
     versions = {"openvino": "2026.4", "onnxruntime": "", "pillow": "12.1"}
     one = {"executor": "0", "host": "one", "cores": 1, "gpus": "", "spark": "4.3.0", "python": "3.11.7"}
-    one |= {"infermill": "1.0", "versions": versions, "others": ""}
+    one |= {
+        "infermill": "1.0",
+        "versions": versions,
+        "others": "",
+        "runtimes": {"openvino": True, "onnxruntime": False},
+    }
     told = "1 core, Spark 4.3.0, Python 3.11.7, infermill 1.0, openvino 2026.4, pillow 12.1"
     assert _executor(one) == Finding("executor 0 on one", True, told)
     others = "one has pillow 12.1, and the driver has 12.2"
     assert _executor(one | {"others": others}).hint == f"predictions may differ a little: {others}"
-    bare = _executor(one | {"versions": versions | {"openvino": ""}})
+    bare = _executor(one | {"runtimes": {"openvino": False, "onnxruntime": False}})
     assert (bare.usable, bare.hint) == (False, "install openvino or onnxruntime for the Python of the executors")
