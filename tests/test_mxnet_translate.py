@@ -42,9 +42,6 @@ HEAVY = (
     *("gluon-resnet34_v2", "gluon-resnet50_v2", "gluon-resnet101_v2", "gluon-alexnet", "gluon-inceptionv3"),
     *("gluon-squeezenet1.1", "gluon-densenet169", "gluon-vgg11", "gluon-vgg13", "gluon-vgg16", "gluon-vgg16_bn"),
     *("gluon-vgg19", "gluon-mobilenet0.25", "gluon-mobilenet0.5", "gluon-mobilenetv2_0.5", "gluon-mobilenetv2_0.75"),
-)
-# The rest of Gluon's zoo: minutes, for what the others show.
-WHOLE_ZOO = (
     *("gluon-resnet101_v1", "gluon-resnet152_v1", "gluon-resnet152_v2", "gluon-densenet161", "gluon-densenet201"),
     *("gluon-vgg13_bn", "gluon-vgg19_bn", "gluon-mobilenet0.75", "gluon-mobilenetv2_0.25"),
 )
@@ -161,12 +158,8 @@ def test_every_way_to_use_an_operator_gives_what_mxnet_gives(mxnet_python: Path,
     assert len(used & set(OPERATORS)) > 110
 
 
-@pytest.mark.parametrize(
-    "name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in (*HEAVY, *WHOLE_ZOO))]
-)
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)])
 def test_networks_give_what_mxnet_gives(name: str, ask_mxnet: Ask, folder: Path) -> None:
-    if name in WHOLE_ZOO and not os.environ.get("INFERMILL_WHOLE_ZOO"):
-        pytest.skip("the whole of Gluon's zoo is compared where INFERMILL_WHOLE_ZOO is set")
     assert ask_mxnet(folder, name) == [name]
     network, symbol, answers = translated(folder, name)
     names_are_mxnets(network, symbol, answers)
