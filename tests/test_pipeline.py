@@ -190,26 +190,23 @@ def test_fetching_and_decoding_begin_while_the_network_is_loaded() -> None:
     assert sum(1 for _ in run_pipeline([Share(0, refs)], stages, Meter())) == 1
 
 
-def test_the_meter_knows_where_the_time_went() -> None:
-    def slow(batch: NDArray[np.uint8]) -> Arrays:
-        time.sleep(0.02)
-        return _predict(batch)
+def _slow(batch: NDArray[np.uint8]) -> Arrays:
+    time.sleep(0.02)
+    return _predict(batch)
 
+
+def test_the_meter_knows_where_the_time_went() -> None:
     meter = Meter()
     refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
-    list(run_pipeline([Share(0, refs)], _with(predict=slow), meter))
+    list(run_pipeline([Share(0, refs)], _with(predict=_slow), meter))
     assert meter.stage_seconds["predict"] >= 10 * 0.02
     assert meter.stage_seconds["predict"] > meter.stage_seconds["decode"]
 
 
 def test_threads_that_wait_for_the_network_are_not_without_work() -> None:
-    def slow(batch: NDArray[np.uint8]) -> Arrays:
-        time.sleep(0.02)
-        return _predict(batch)
-
     meter = Meter()
     refs = [ObjectRef(f"good-{i}", 1) for i in range(40)]
-    stages = replace(_with(predict=slow, streams=1), compute_threads=4)
+    stages = replace(_with(predict=_slow, streams=1), compute_threads=4)
     list(run_pipeline([Share(0, refs)], stages, meter))
     assert meter.stage_seconds["idle"] >= meter.waits["network"] > 3 * 0.02
     assert meter.looks and meter.decoded_seen > meter.looks

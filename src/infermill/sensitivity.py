@@ -4,8 +4,8 @@
     on a few inputs                       sorted                   on all inputs of the selection
 
 Enough is a standard error more than the target, which other inputs are to reach. Doubling ends there, or where half of
-the multiplications would be in float; halving then finds how few will do. That is at most 32
-small trials and about 10 large ones, however many nodes there are.
+the multiplications would be in float; halving then finds how few will do. That is at most 32 small trials and about 10
+large ones, however many nodes there are.
 """
 
 import math
